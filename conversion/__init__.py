@@ -1,0 +1,102 @@
+"""Official checkpoints into hfgen models and back.
+
+Each official repository has one module here that states, as data, how its tensors map to hfgen names (``rules``), how
+the configuration follows from the tensors, and which files were released.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from os import PathLike
+from typing import Any
+
+from torch import Tensor
+
+from hfgen.conversion.checkpoints import read_checkpoint
+from hfgen.conversion.converter import Part, ReleasedCheckpoint
+from hfgen.conversion.rules import listing
+from hfgen.models.modeling import HFGenModel
+
+# System -> module of this package; the module's CONVERTERS maps the system to its parts by name.
+_MODULES = {"var": "var", "var_vqvae": "var"}
+
+__all__ = ["ReleasedCheckpoint", "load_original", "parts", "read_checkpoint", "released", "systems", "to_original"]
+
+
+def systems() -> tuple[str, ...]:
+    """The systems that have a converter."""
+    return tuple(_MODULES)
+
+
+def parts(system: str) -> dict[str, Part]:
+    """The convertible parts of a system by name, such as ``transformer`` and ``vae``.
+
+    Raises:
+        ValueError: unknown system.
+    """
+    if system not in _MODULES:
+        raise ValueError(f"There is no converter for {system!r}; choose one of {', '.join(_MODULES)}.")
+    return import_module(f"hfgen.conversion.{_MODULES[system]}").CONVERTERS[system]
+
+
+def released() -> tuple[ReleasedCheckpoint, ...]:
+    """Every official file that the converters were written for."""
+    modules = dict.fromkeys(_MODULES.values())
+    return tuple(row for module in modules for row in import_module(f"hfgen.conversion.{module}").RELEASED)
+
+
+def load_original(
+    system: str,
+    checkpoint: str | PathLike[str] | Mapping[str, Any],
+    *,
+    part: str | None = None,
+    original_config: Mapping[str, Any] | None = None,
+    allow_pickle: bool = False,
+) -> HFGenModel:
+    """Build a model from a checkpoint in the layout of an official repository.
+
+    Args:
+        system: name of the converter, see :func:`systems`.
+        checkpoint: a file, a folder or a state dict with official names; a checkpoint of the official trainer, which
+            wraps several state dicts, is also read.
+        part: which model of the system; needed when the checkpoint holds several.
+        original_config: official constructor arguments that the tensors do not tell.
+        allow_pickle: see :func:`hfgen.conversion.read_checkpoint`.
+
+    Returns:
+        The model on the CPU in evaluation mode, in the dtype of the checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: unknown system, part or argument; an unreadable file; tensors that are missing, unknown or of
+            another shape than the configuration implies, by name.
+    """
+    choices = parts(system)
+    if part is not None and part not in choices:
+        raise ValueError(f"{system} has no part {part!r}; choose one of {', '.join(choices)}.")
+    content = read_checkpoint(checkpoint, allow_pickle=allow_pickle)
+    if part is None:
+        part = _only_part(system, choices, content)
+    return choices[part].load(content, original_config or {})
+
+
+def to_original(model: HFGenModel) -> dict[str, Tensor]:
+    """The weights of a model as the state dict that the official code loads; tensors may share the model's memory.
+
+    Raises:
+        ValueError: the class of the model has no official layout.
+    """
+    if model.original_system is None or model.original_part is None:
+        raise ValueError(f"{type(model).__name__} has no official checkpoint layout.")
+    return parts(model.original_system)[model.original_part].save(model)
+
+
+def _only_part(system: str, choices: Mapping[str, Part], content: Mapping[str, Any]) -> str:
+    found = [name for name, part in choices.items() if part.find(content) is not None]
+    if not found:
+        wanted = " or ".join(f"{listing(part.signature)} ({name})" for name, part in choices.items())
+        raise ValueError(f"This is no checkpoint of {system}: it should hold {wanted}, but holds {listing(content)}.")
+    if len(found) > 1:
+        raise ValueError(f"The checkpoint holds several parts of {system}: name one with part={' or '.join(found)}.")
+    return found[0]

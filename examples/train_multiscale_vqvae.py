@@ -1,0 +1,151 @@
+"""Train VAR's multi-scale VQVAE: an image tokenizer whose codes form a pyramid (arXiv 2404.02905, section 3.2).
+
+    accelerate launch examples/train_multiscale_vqvae.py --output_dir runs/tokenizer
+
+The defaults train a small tokenizer on the built-in shapes. The result is the folder OUTPUT_DIR/final, for
+MultiScaleVQVAE.from_pretrained and for examples/train_var.py --tokenizer.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from hfgen import MultiScaleVQVAE
+from hfgen.data.transforms import to_pixels
+from hfgen.evaluation.reconstruction import reconstruction_metrics
+from hfgen.images import make_comparison
+from hfgen.losses.adversarial import adaptive_weight, hinge_discriminator_loss, linear_generator_loss
+from hfgen.losses.perceptual import LPIPS
+from hfgen.models.layers.discriminators import PatchDiscriminator
+from hfgen.training import (
+    Phase,
+    Task,
+    Trainer,
+    TrainingConfig,
+    Validation,
+    flag,
+    frozen,
+    parse_config,
+    training_images,
+    unwrap,
+    validation_images,
+)
+
+
+@dataclass(kw_only=True)
+class Config(TrainingConfig):
+    learning_rate: float = flag(1e-3, "peak learning rate", group="optimisation")
+    weight_decay: float = flag(0.005, "decoupled weight decay of convolutions", group="optimisation")
+
+    num_codes: int = flag(256, "size of the codebook")
+    latent_channels: int = flag(16, "channels of the latents and of each code")
+    base_channels: int = flag(32, "width at full resolution")
+    channel_multipliers: tuple[int, ...] = flag((1, 2, 2), "width of each level; all but the last halve the size")
+    layers_per_block: int = flag(2, "residual blocks per level")
+    norm_num_groups: int = flag(8, "groups of the group normalisations; divides every width")
+    patch_nums: tuple[int, ...] = flag((1, 2, 3, 5, 8), "side of each scale; last = resolution / downsampling")
+    num_residual_convs: int = flag(4, "convolutions shared by the scales; 0 gives each scale its own")
+    dropout: float = flag(0.0, "dropout in the residual blocks")
+    restart_after: int = flag(0, "revive codes unused for N steps; 0 never")
+
+    l1_weight: float = flag(0.2, "weight of mean |x - x'|")
+    l2_weight: float = flag(1.0, "weight of mean (x - x')^2")
+    codebook_weight: float = flag(1.0, "weight of the quantizer's loss")
+    commitment_weight: float = flag(0.25, "weight of the encoder's term inside the quantizer's loss")
+    perceptual_weight: float = flag(0.0, "weight of LPIPS; 0 switches it off")
+    perceptual_source: str | None = flag(
+        None, "folder or Hub id with the LPIPS weights; needed if its weight is not 0"
+    )
+    adversarial_weight: float = flag(0.0, "weight of the PatchGAN loss; 0 trains no discriminator")
+    discriminator_start: int = flag(0, "first step with the adversarial loss")
+    discriminator_layers: int = flag(2, "stride-2 layers of the discriminator")
+    discriminator_channels: int = flag(64, "width of its first layer")
+    discriminator_learning_rate: float | None = flag(None, "its peak learning rate; by default the same")
+
+
+class MultiScaleVQVAETask(Task):
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        model = MultiScaleVQVAE(
+            num_codes=config.num_codes,
+            latent_channels=config.latent_channels,
+            base_channels=config.base_channels,
+            channel_multipliers=config.channel_multipliers,
+            layers_per_block=config.layers_per_block,
+            norm_num_groups=config.norm_num_groups,
+            patch_nums=config.patch_nums,
+            num_residual_convs=config.num_residual_convs,
+            commitment_weight=config.commitment_weight,
+            dropout=config.dropout,
+            restart_after=config.restart_after,
+        )
+        self.modules = {"tokenizer": model}
+        self.phases = {"tokenizer": Phase(("tokenizer",), no_decay=("embedding",))}
+        self.averaged = ("tokenizer",)
+        if config.perceptual_weight > 0:
+            if config.perceptual_source is None:
+                raise ValueError(
+                    "--perceptual_weight needs --perceptual_source, the folder or Hub id of LPIPS weights."
+                )
+            self.lpips = LPIPS.from_pretrained(config.perceptual_source)
+            self.frozen = (self.lpips,)
+        if config.adversarial_weight > 0:
+            self.modules["discriminator"] = PatchDiscriminator(
+                base_channels=config.discriminator_channels, num_layers=config.discriminator_layers
+            )
+            rate = config.discriminator_learning_rate
+            self.phases["discriminator"] = Phase(("discriminator",), learning_rate=rate)
+        self.validation_pixels = to_pixels(validation_images(config))
+
+    def training_step(self, batch, draws):
+        config = self.config
+        pixels = to_pixels(batch["pixels"])
+        output = self.modules["tokenizer"](pixels)
+
+        l1 = F.l1_loss(output.sample, pixels)
+        l2 = F.mse_loss(output.sample, pixels)
+        reconstruction = config.l1_weight * l1 + config.l2_weight * l2
+        log = {"l1": l1, "l2": l2, **output.losses}
+        if config.perceptual_weight > 0:
+            log["lpips"] = self.lpips(output.sample, pixels).mean()
+            reconstruction = reconstruction + config.perceptual_weight * log["lpips"]
+        loss = reconstruction + config.codebook_weight * output.loss
+
+        adversarial = config.adversarial_weight > 0 and draws.step >= config.discriminator_start
+        if adversarial:
+            with frozen(self.modules["discriminator"]) as discriminator:
+                generator_loss = linear_generator_loss(discriminator(output.sample))
+            last_layer = unwrap(self.modules["tokenizer"]).last_layer_weight
+            weight = config.adversarial_weight * adaptive_weight(reconstruction, generator_loss, last_layer)
+            loss = loss + weight * generator_loss
+            log |= {"generator": generator_loss, "adaptive_weight": weight}
+        yield "tokenizer", loss, log
+
+        if adversarial:
+            real = self.modules["discriminator"](pixels)
+            fake = self.modules["discriminator"](output.sample.detach())
+            yield "discriminator", hinge_discriminator_loss(real, fake), {"real": real.mean(), "fake": fake.mean()}
+
+    def validate(self, modules, step):
+        tokenizer = modules["tokenizer"]
+        pixels = self.validation_pixels.to(tokenizer.device)
+        outputs = [tokenizer(part) for part in pixels.split(self.config.batch_size)]
+        samples, codes = (torch.cat([output[name] for output in outputs]) for name in ("sample", "codes"))
+        metrics = reconstruction_metrics(samples, pixels, codes=codes, num_codes=self.config.num_codes)
+        return Validation({"reconstructions": make_comparison(pixels[:32], samples[:32])}, metrics)
+
+    def pipeline(self, modules):
+        return modules["tokenizer"]
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    config = parse_config(Config, description=__doc__)
+    trainer = Trainer(config)
+    trainer.fit(MultiScaleVQVAETask(config), training_images(config))
+
+
+if __name__ == "__main__":
+    main()

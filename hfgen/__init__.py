@@ -1,0 +1,52 @@
+"""hfgen: image tokenizers, generators, schedulers and pipelines behind one Hugging Face interface.
+
+This module is the list of public names. A name is imported when it is first used, so that ``import hfgen`` costs
+milliseconds and needs neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+from hfgen.hub import BASE_CLASSES, register_library
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_EXPORTS = {
+    "AutoModel": "hfgen.auto",
+    "AutoPipeline": "hfgen.auto",
+    "MultiScaleResidualQuantizer": "hfgen.models.quantizers.multiscale",
+    "MultiScaleVQVAE": "hfgen.models.tokenizers.multiscale_vqvae",
+    "VARPipeline": "hfgen.pipelines.var",
+    "VARTransformer": "hfgen.models.generators.var",
+    "VectorQuantizer": "hfgen.models.quantizers.vector",
+    "captioned_shapes": "hfgen.data.shapes",
+    "load_original": "hfgen.conversion",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str):
+    # The base classes are no public names of hfgen: the diffusers loader looks them up in the library of a component.
+    module = _EXPORTS.get(name) or BASE_CLASSES.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
+
+
+# In a checkout, hfgen.pipelines, hfgen.conversion and hfgen.zoo are folders beside the package; setup.py maps them
+# when hfgen is installed, and this finds them when it is not.
+_CHECKOUT = Path(__file__).resolve().parent.parent
+if (_CHECKOUT / "pyproject.toml").is_file():
+    __path__.append(str(_CHECKOUT))
+
+register_library()

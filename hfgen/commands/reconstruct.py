@@ -1,0 +1,72 @@
+"""``hfgen reconstruct``: encode and decode images."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from hfgen.auto import AutoModel
+from hfgen.commands.shared import torch_device, torch_dtype
+from hfgen.data.transforms import center_crop, resize_shorter_side, to_pixels, to_tensor, to_uint8
+from hfgen.evaluation.reconstruction import psnr
+from hfgen.images import make_strip, save_png
+from hfgen.models.modeling import HFGenModel
+
+# Names under which pipelines hold their image tokenizer.
+COMPONENTS = ("vq_model", "vae")
+
+
+def run(options: argparse.Namespace) -> str:
+    """One picture per image, the original on the left, and the PSNR between the two."""
+    tokenizer = load_tokenizer(options.tokenizer, torch_dtype(options.dtype)).to(torch_device(options.device))
+    targets = [options.output / f"{path.stem}.png" for path in options.images]
+    if len(set(targets)) < len(targets):
+        raise ValueError("Two images have the same name without suffix, so one picture would replace the other.")
+    # A tokenizer that takes images of one size says so; a fully convolutional one takes multiples of its factor.
+    size = options.size or getattr(tokenizer, "image_size", None)
+    lines, ratios = [], []
+    for path, target in zip(tqdm(options.images, unit="image", desc="reconstructing"), targets):
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+        if size is None:
+            image = crop_to_multiple(image, tokenizer.downsample_factor)
+        else:
+            image = center_crop(resize_shorter_side(image, size), size)
+        original = to_tensor(image)[None]
+        with torch.inference_mode():
+            sample = tokenizer(to_pixels(original).to(tokenizer.device)).sample
+        reconstruction = to_uint8(sample).cpu()
+        save_png(make_strip(torch.cat([original, reconstruction]), padding=0), target)
+        ratios.append(psnr(reconstruction, original, data_range=255).item())
+        lines.append(f"{target}: PSNR {ratios[-1]:.2f} dB")
+    if len(ratios) > 1:
+        lines.append(f"mean PSNR of {len(ratios)} images: {sum(ratios) / len(ratios):.2f} dB")
+    return "\n".join(lines)
+
+
+def crop_to_multiple(image: Image.Image, factor: int) -> Image.Image:
+    """The centre of an image, with sides that ``factor`` divides."""
+    width, height = (side // factor * factor for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def load_tokenizer(source: str, dtype: torch.dtype) -> HFGenModel:
+    """The model at ``source``, or the image tokenizer of the pipeline at ``source``.
+
+    Raises:
+        OSError: there is neither a model nor a pipeline.
+        ValueError: the pipeline has no image tokenizer.
+    """
+    try:
+        components = DiffusionPipeline.load_config(source)
+    except OSError:
+        return AutoModel.from_pretrained(source, dtype=dtype)
+    found = [name for name in COMPONENTS if name in components]
+    if not found:
+        raise ValueError(f"{source!r} is a pipeline without an image tokenizer ({' or '.join(COMPONENTS)}).")
+    return AutoModel.from_pretrained(source, subfolder=found[0], dtype=dtype)

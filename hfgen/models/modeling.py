@@ -1,0 +1,123 @@
+"""The base of every hfgen model and the outputs that models return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+
+@dataclass
+class QuantizerOutput(BaseOutput):
+    """What a quantizer returns.
+
+    Attributes:
+        latents: quantized latents in the layout of the input, with straight-through gradients.
+        codes: int64 ids, (B, L) in raster order unless the quantizer says otherwise.
+        loss: the sum of the weighted terms of ``losses``, a scalar.
+        losses: each term before the sum, detached, for the log.
+    """
+
+    latents: Tensor
+    codes: Tensor
+    loss: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class TokenizerOutput(BaseOutput):
+    """What ``encode`` of an image tokenizer returns.
+
+    Attributes:
+        latents: what ``decode`` takes: a grid (B, C, h, w) or a sequence (B, L, C).
+        codes: int64 ids (B, L), or None for a continuous tokenizer.
+        loss: the quantizer's loss, a scalar, or None.
+        losses: the terms of ``loss`` by name.
+    """
+
+    latents: Tensor
+    codes: Tensor | None = None
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+
+
+@dataclass
+class DecoderOutput(BaseOutput):
+    """``sample``: pixels (B, 3, H, W); the image range is [-1, 1], values are not clamped."""
+
+    sample: Tensor
+
+
+@dataclass
+class AutoencoderOutput(BaseOutput):
+    """What ``forward`` of an image tokenizer returns: the reconstruction beside the fields of :class:`TokenizerOutput`."""
+
+    sample: Tensor
+    latents: Tensor
+    codes: Tensor | None = None
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+
+
+@dataclass
+class GeneratorOutput(BaseOutput):
+    """``logits``: (B, L, num_codes) float32."""
+
+    logits: Tensor
+
+
+class HFGenModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """A diffusers model that also loads official checkpoints and knows the published sizes.
+
+    Subclasses take plain typed arguments under ``@register_to_config``. ``presets`` maps the name of a published size
+    to its constructor arguments; ``original_system`` and ``original_part`` name the converter that produces the class.
+    """
+
+    config_name = "config.json"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    original_system: ClassVar[str | None] = None
+    original_part: ClassVar[str | None] = None
+
+    @classmethod
+    def from_preset(cls, name: str) -> HFGenModel:
+        """A freshly initialised model of a published size; under ``torch.device("meta")`` it takes no memory."""
+        if name not in cls.presets:
+            raise ValueError(f"{cls.__name__} has no preset {name!r}; choose one of {', '.join(cls.presets) or 'none'}.")
+        return cls(**cls.presets[name])
+
+    @classmethod
+    def from_single_file(
+        cls,
+        checkpoint: str | PathLike | Mapping[str, Tensor],
+        *,
+        original_config: Mapping[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> HFGenModel:
+        """Load a checkpoint in the layout of the official repository.
+
+        Args:
+            checkpoint: a file, a folder, or a state dict with official names.
+            original_config: official constructor arguments that the shapes of the weights do not tell.
+            dtype: dtype of the returned model; by default that of the checkpoint.
+
+        Returns:
+            The model in evaluation mode. Missing or unknown keys are a ``ValueError`` that names them.
+        """
+        from hfgen.conversion import load_original
+
+        if cls.original_system is None:
+            raise ValueError(f"{cls.__name__} has no official checkpoint layout; use from_pretrained instead.")
+        model = load_original(
+            cls.original_system, checkpoint, part=cls.original_part, original_config=original_config
+        )
+        if not isinstance(model, cls):
+            raise ValueError(f"The checkpoint holds a {type(model).__name__}, not a {cls.__name__}.")
+        return model if dtype is None else model.to(dtype)

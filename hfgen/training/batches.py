@@ -1,0 +1,158 @@
+"""Which items form a batch, as a pure function of (seed, step): nothing about the order has to be saved.
+
+The global batch of an optimizer step is cut into ``accumulation x processes`` blocks of ``batch_size`` items. Process
+r takes block ``micro_step * processes + r``, so two processes see what one process with two micro-steps sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from hfgen.counters import counter_seed, generator, numpy_generator
+from hfgen.data.sources import load_images
+from hfgen.training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random draws of one micro-batch: generators that depend on (seed, step, block) only."""
+
+    seed: int
+    step: int
+    block: int
+    device: torch.device
+
+    def generator(self, stream: int = 0) -> torch.Generator:
+        """A fresh generator on the training device; different ``stream`` numbers give independent draws."""
+        return generator(self.seed, self.step, self.block, stream, device=self.device)
+
+    def seed_global(self) -> None:
+        """Seed torch's global generators, which dropout layers draw from."""
+        torch.manual_seed(counter_seed(self.seed, self.step, self.block))
+
+
+class BlockSampler(Sampler[list[tuple[int, int]]]):
+    """Endless batches of ``(epoch, index)`` keys for one process.
+
+    Each epoch visits a fresh permutation of the data set; the items that do not fill a last global batch are left out
+    of that epoch.
+
+    Args:
+        length: number of items in the data set.
+        batch_size: items per block.
+        accumulation: micro-steps per optimizer step.
+        rank, world_size: which process this is, of how many.
+        seed: of the permutations.
+        start_step: the optimizer step to begin with; skipping costs nothing.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        start_step: int = 0,
+    ) -> None:
+        self.global_batch = batch_size * accumulation * world_size
+        if length < self.global_batch:
+            raise ValueError(
+                f"The data set has {length} items, fewer than one global batch of {self.global_batch} (batch size "
+                f"{batch_size} x accumulation {accumulation} x {world_size} processes); lower --batch_size or "
+                "--gradient_accumulation_steps, or use more data."
+            )
+        self.length = length
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.start_step = start_step
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.length // self.global_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        step = self.start_step
+        permuted_epoch = permutation = None
+        while True:
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            if epoch != permuted_epoch:
+                permuted_epoch = epoch
+                permutation = numpy_generator(self.seed, epoch).permutation(self.length)
+            for micro_step in range(self.accumulation):
+                block = micro_step * self.world_size + self.rank
+                first = step_in_epoch * self.global_batch + block * self.batch_size
+                yield [(epoch, int(index)) for index in permutation[first : first + self.batch_size]]
+            step += 1
+
+
+def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Stack tensors and numbers of the items; anything else (captions, tuples) becomes a list."""
+    batch: dict[str, Any] = {}
+    for name in items[0]:
+        values = [item[name] for item in items]
+        if isinstance(values[0], Tensor):
+            batch[name] = torch.stack(values)
+        elif isinstance(values[0], int | float):
+            batch[name] = torch.tensor(values)
+        else:
+            batch[name] = values
+    return batch
+
+
+def training_images(config: TrainingConfig) -> Dataset:
+    """The images that a run trains on: uint8, a function of (seed, epoch, index)."""
+    return load_images(
+        config.dataset,
+        resolution=config.resolution,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        crop=config.crop,
+        flip=config.flip,
+        resize_ratio=config.resize_ratio,
+        resample=config.resample,
+        seed=config.seed,
+        strict=config.strict,
+        limit=config.limit,
+    )
+
+
+def validation_images(config: TrainingConfig) -> Tensor:
+    """The first images of the validation split, centre-cropped: uint8 (N, 3, H, W)."""
+    data = load_images(
+        config.dataset,
+        resolution=config.resolution,
+        split=config.validation_split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        resize_ratio=config.resize_ratio,
+        resample=config.resample,
+        seed=config.seed,
+        strict=config.strict,
+        limit=config.num_validation_images,
+    )
+    return torch.stack([data[0, index]["pixels"] for index in range(len(data))])
+
+
+def make_loader(dataset: Dataset, sampler: BlockSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:
+    """The loader of one process. Accelerate must not prepare it: the sampler already deals the processes' shares."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # The loader draws a base seed for its workers; an own generator keeps that away from the global one.
+        generator=torch.Generator().manual_seed(sampler.seed),
+    )

@@ -1,0 +1,276 @@
+"""The settings of a training run: one dataclass is the command line, the YAML file and the saved record.
+
+A script extends :class:`TrainingConfig` with the fields of its method and calls :func:`parse_config`. Values come, in
+rising priority, from the defaults of the fields, the file given with ``--config`` and the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+ConfigT = TypeVar("ConfigT", bound="TrainingConfig")
+REQUIRED = dataclasses.MISSING
+
+
+def flag(default: Any, help: str, *, group: str = "method") -> Any:
+    """A dataclass field with its help text; ``REQUIRED`` as default makes it mandatory."""
+    return dataclasses.field(default=default, metadata={"help": help, "group": group})
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainingConfig:
+    """What every training script understands. The help text of each field is its documentation."""
+
+    output_dir: str = flag(
+        REQUIRED, "folder of the run: checkpoints, log, validation images, final model", group="run"
+    )
+    resume: str | None = flag(
+        None,
+        "'latest' continues from the newest complete checkpoint of --output_dir (a new run if there is none); "
+        "or the path of a checkpoint-N folder",
+        group="run",
+    )
+    overwrite: bool = flag(False, "delete the run that --output_dir holds and start again", group="run")
+    seed: int = flag(0, "every random draw is a function of it", group="run")
+    max_train_steps: int = flag(1000, "number of optimizer steps", group="run")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
+        None, "autocast dtype of the forward passes; by default what `accelerate launch` was told", group="run"
+    )
+
+    dataset: str = flag(
+        "shapes", "'shapes' (built in), a folder of images, or the Hub id of an image data set", group="data"
+    )
+    resolution: int = flag(32, "side of the square training images in pixels", group="data")
+    crop: Literal["center", "random", "adm"] = flag("center", "which square of an image is used", group="data")
+    resize_ratio: float = flag(1.0, "resize the shorter side to this times --resolution before the crop", group="data")
+    resample: Literal["lanczos", "bicubic", "box"] = flag("lanczos", "filter of that resize", group="data")
+    flip: bool = flag(False, "mirror each image horizontally with probability 1/2", group="data")
+    limit: int | None = flag(None, "use only the first N items of the data set", group="data")
+    strict: bool = flag(False, "stop at an unreadable image instead of skipping and counting it", group="data")
+    image_column: str | None = flag(None, "column with the images; by default the only one", group="data")
+    label_column: str | None = flag(None, "column with the class; by default 'label' or the only one", group="data")
+    validation_split: str = flag("validation", "split or sub-folder with images that are not trained on", group="data")
+    num_validation_images: int = flag(64, "images per validation", group="data")
+    num_workers: int = flag(0, "data loading processes per training process", group="data")
+
+    batch_size: int = flag(32, "images per process and micro-step", group="optimisation")
+    gradient_accumulation_steps: int = flag(
+        1,
+        "micro-steps per optimizer step; the global batch is batch_size x gradient_accumulation_steps x processes",
+        group="optimisation",
+    )
+    learning_rate: float = flag(1e-4, "peak learning rate", group="optimisation")
+    lr_schedule: Literal["constant", "cosine", "linear", "lin0"] = flag(
+        "constant", "shape after the warm-up; lin0 is VAR's: hold for a twentieth, then linear", group="optimisation"
+    )
+    warmup_steps: int = flag(0, "steps of linear warm-up", group="optimisation")
+    lr_warmup_start: float = flag(
+        0.005, "first learning rate of the warm-up, as a fraction of the peak", group="optimisation"
+    )
+    lr_final: float = flag(
+        0.0, "last learning rate of a decaying schedule, as a fraction of the peak", group="optimisation"
+    )
+    weight_decay: float = flag(0.01, "decoupled weight decay of matrices and convolutions", group="optimisation")
+    weight_decay_end: float | None = flag(
+        None,
+        "weight decay at the last step, reached by a half cosine; by default it is constant",
+        group="optimisation",
+    )
+    adam_beta1: float = flag(0.9, "decay of AdamW's first moment", group="optimisation")
+    adam_beta2: float = flag(0.95, "decay of AdamW's second moment", group="optimisation")
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon", group="optimisation")
+    max_grad_norm: float = flag(
+        1.0, "gradients are scaled down to this norm; 0 switches clipping off", group="optimisation"
+    )
+    max_skipped_steps: int = flag(
+        20, "stop after this many consecutive steps whose loss or gradient is not finite", group="optimisation"
+    )
+    ema_decay: float = flag(
+        0.999, "decay of the weight average that is validated and saved; 0 switches it off", group="optimisation"
+    )
+    ema_warmup: bool = flag(
+        True, "use min(ema_decay, (1 + n) / (10 + n)) at step n, so that early weights fade", group="optimisation"
+    )
+
+    checkpointing_steps: int = flag(
+        500, "write a checkpoint every N steps; 0 only when interrupted and at the end", group="output"
+    )
+    checkpoints_total_limit: int | None = flag(
+        2, "keep only the newest N checkpoints; 'none' keeps all", group="output"
+    )
+    validation_steps: int = flag(500, "validate every N steps and at the end; 0 only at the end", group="output")
+    logging_steps: int = flag(
+        10, "write a line of log.jsonl (means since the last line) every N steps", group="output"
+    )
+    progress: bool = flag(True, "show a progress bar", group="output")
+    report_to: str | None = flag(
+        None, "also send the log to an accelerate tracker, for example tensorboard or wandb", group="output"
+    )
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_train_steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "resolution",
+            "logging_steps",
+            "num_validation_images",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("warmup_steps", "checkpointing_steps", "validation_steps", "num_workers", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must not be negative.")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"--ema_decay is {self.ema_decay}; it must be in [0, 1), where 0 switches the EMA off.")
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            raise ValueError(
+                f"--checkpoints_total_limit is {self.checkpoints_total_limit}; it must be at least 1, or 'none' to keep "
+                "all."
+            )
+        if self.resume is not None and self.overwrite:
+            raise ValueError("--resume continues a run and --overwrite deletes it; give only one of them.")
+
+
+def _convert(name: str, annotation: Any, value: Any) -> Any:
+    """``value`` (a string of the command line or a YAML value) as the type that the field declares."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        (annotation,) = (argument for argument in arguments if argument is not type(None))
+        return _convert(name, annotation, value)
+    if origin is Literal:
+        # YAML reads a bare `no` as False.
+        value = "no" if value is False and "no" in arguments else value
+        if value in arguments:
+            return value
+        raise ValueError(f"--{name} is {value!r}; choose one of {', '.join(map(str, arguments))}.")
+    if origin is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        if isinstance(parts, Sequence):
+            return tuple(_convert(name, arguments[0], part) for part in parts)
+        raise ValueError(f"--{name} is {value!r}; expected a comma-separated list such as 1,2,3.")
+    if annotation is bool:
+        if isinstance(value, bool):
+            return value
+        raise ValueError(f"--{name} is {value!r}; expected true or false.")
+    if annotation is str:
+        if isinstance(value, str):
+            return value
+        raise ValueError(f"--{name} is {value!r}; expected text (quote it in YAML).")
+    try:
+        # Through text, because YAML 1.1 reads 1e-4 as text and because int(1.5) would lose the fraction.
+        if not isinstance(value, bool):
+            return annotation(str(value).strip())
+    except ValueError:
+        pass
+    raise ValueError(f"--{name} is {value!r}; expected a value of type {annotation.__name__}.")
+
+
+class _Switch(argparse.Action):
+    """``--name`` and ``--no_name``."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, not option_string.startswith("--no_"))
+
+
+def _default_text(field: dataclasses.Field) -> str:
+    if field.default is REQUIRED:
+        return "required"
+    if isinstance(field.default, tuple):
+        return "default: " + ",".join(map(str, field.default))
+    if isinstance(field.default, bool):
+        return "default: " + ("on" if field.default else "off")
+    return f"default: {'none' if field.default is None else field.default}"
+
+
+def _metavar(annotation: Any) -> str:
+    arguments = [argument for argument in typing.get_args(annotation) if argument is not type(None)]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return _metavar(arguments[0])
+    if typing.get_origin(annotation) is Literal:
+        return "{" + ",".join(arguments) + "}"
+    if typing.get_origin(annotation) is tuple:
+        return f"{arguments[0].__name__.upper()},..."
+    return annotation.__name__.upper()
+
+
+def _build_parser(config_class: type[TrainingConfig], description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with values for any of these flags")
+    hints = typing.get_type_hints(config_class)
+    groups: dict[str, Any] = {"method": parser.add_argument_group("method")}
+    for field in dataclasses.fields(config_class):
+        title = field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        help_text = f"{field.metadata['help']} ({_default_text(field)})"
+        # SUPPRESS leaves flags that were not given out of the namespace, so that they do not hide the file's values.
+        common = {"dest": field.name, "default": argparse.SUPPRESS, "help": help_text}
+        if hints[field.name] is bool:
+            groups[title].add_argument(f"--{field.name}", f"--no_{field.name}", action=_Switch, nargs=0, **common)
+        else:
+            groups[title].add_argument(f"--{field.name}", metavar=_metavar(hints[field.name]), **common)
+    return parser
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """The mapping of flag names to values that a YAML or JSON file holds."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"--config {path}: there is no such file.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"--config {path} must map flag names to values, one `name: value` per line.")
+    return values
+
+
+def make_config(config_class: type[ConfigT], values: dict[str, Any], *, source: str) -> ConfigT:
+    """Build a config from loosely typed values; an unknown or missing name is a ``ValueError``."""
+    hints = typing.get_type_hints(config_class)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for name in values:
+        if name not in fields:
+            similar = difflib.get_close_matches(name, fields, n=1)
+            hint = f" Did you mean {similar[0]!r}?" if similar else f" Known keys: {', '.join(sorted(fields))}."
+            raise ValueError(f"{source} sets {name!r}, which {config_class.__name__} does not know.{hint}")
+    missing = [name for name, field in fields.items() if field.default is REQUIRED and name not in values]
+    if missing:
+        raise ValueError(
+            f"Missing {', '.join('--' + name for name in missing)}; give it as a flag or in the --config file."
+        )
+    return config_class(**{name: _convert(name, hints[name], value) for name, value in values.items()})
+
+
+def parse_config(
+    config_class: type[ConfigT], arguments: Sequence[str] | None = None, *, description: str | None = None
+) -> ConfigT:
+    """Read the command line (``sys.argv`` by default) and the file that ``--config`` names.
+
+    A wrong or unknown value ends the program with the usage line and a message, as argparse does.
+    """
+    parser = _build_parser(config_class, description)
+    given = vars(parser.parse_args(arguments))
+    path = given.pop("config")
+    try:
+        values = read_config_file(path) if path is not None else {}
+        return make_config(config_class, {**values, **given}, source=f"--config {path}")
+    except ValueError as error:
+        parser.error(str(error))

@@ -1,0 +1,76 @@
+"""Opening the folder of a run: new, continued or overwritten."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+
+from hfgen.training.checkpoints import list_checkpoints, resolve_checkpoint
+from hfgen.training.config import TrainingConfig
+from hfgen.training.history import CURVE_FILE, LOG_FILE, write_text
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "training_config.json"
+FINAL_FOLDER = "final"
+VALIDATION_FOLDER = "validation"
+
+
+def open_run(config: TrainingConfig) -> Path | None:
+    """Check and prepare ``config.output_dir``; return the checkpoint to continue from, or None for a new run.
+
+    Call on the main process only.
+
+    Raises:
+        ValueError: if the folder holds a run and the config neither resumes nor overwrites it, or if it holds
+            checkpoints after the one to resume.
+    """
+    folder = Path(config.output_dir)
+    holds_run = (folder / LOG_FILE).exists() or bool(list_checkpoints(folder))
+    checkpoint = None
+    if config.resume is not None:
+        checkpoint = resolve_checkpoint(folder, config.resume)
+        if checkpoint is None:
+            logger.info("--resume latest: %s has no complete checkpoint, so the run starts at step 0.", folder)
+        else:
+            step = int(checkpoint.name.removeprefix("checkpoint-"))
+            later = [path.name for number, path in list_checkpoints(folder) if number > step]
+            if later:
+                raise ValueError(
+                    f"--resume {config.resume}: {folder} also holds the later {', '.join(later)}. Delete them to "
+                    "repeat that part of the run, use --resume latest, or choose another --output_dir."
+                )
+    elif holds_run and not config.overwrite:
+        raise ValueError(
+            f"--output_dir {folder} already holds a run. Continue it with --resume latest, delete it with "
+            "--overwrite, or choose another folder."
+        )
+    elif config.overwrite:
+        _delete_run(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _record_config(config, folder, resumed=checkpoint is not None)
+    return checkpoint
+
+
+def _delete_run(folder: Path) -> None:
+    """Delete what a run writes and nothing else."""
+    for name in (LOG_FILE, CURVE_FILE, CONFIG_FILE):
+        (folder / name).unlink(missing_ok=True)
+    for path in [*folder.glob("checkpoint-*"), folder / FINAL_FOLDER, folder / VALIDATION_FOLDER]:
+        if path.is_dir():
+            shutil.rmtree(path)
+
+
+def _record_config(config: TrainingConfig, folder: Path, *, resumed: bool) -> None:
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    path = folder / CONFIG_FILE
+    if resumed and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in values if name != "resume" and before.get(name, values[name]) != values[name]]
+        for name in changed:
+            logger.warning("Resuming with --%s %s; the run had %s.", name, values[name], before[name])
+    # Without the two switches that belong to one start only, the file can be given to --config.
+    write_text(path, json.dumps({**values, "resume": None, "overwrite": False}, indent=2) + "\n")

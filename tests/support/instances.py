@@ -1,0 +1,186 @@
+"""A tiny instance of every public class, for the suites that all classes pass.
+
+A new public class needs an entry here: ``tests/contracts/test_exports.py`` fails without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hfgen
+from hfgen.counters import generator
+
+PATCH_NUMS = (1, 2, 4)
+NUM_TOKENS = sum(side**2 for side in PATCH_NUMS)
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A model and what can be asked of it.
+
+    Attributes:
+        arguments: of the constructor; nothing random in training mode.
+        inputs: batch size -> arguments of ``forward``; the first rows do not depend on the batch size.
+        smooth: a float output that depends continuously on the weights, of (model, forward's inputs): no codes on
+            the way, so that it can be compared over dtypes.
+        entry_points: for each public method beside ``forward`` that runs weights, a call of (model, inputs).
+        float32_outputs: outputs that are float32 whatever the dtype of the model.
+    """
+
+    arguments: Mapping[str, Any]
+    inputs: Callable[[int], dict[str, Tensor]]
+    smooth: Callable[[nn.Module, dict[str, Tensor]], Tensor]
+    entry_points: Mapping[str, Callable[[nn.Module, dict[str, Tensor]], Any]] = field(default_factory=dict)
+    float32_outputs: frozenset[str] = frozenset({"loss"})
+
+
+@dataclass(frozen=True)
+class QuantizerCase:
+    """A quantizer; ``latents``: batch size -> its input."""
+
+    arguments: Mapping[str, Any]
+    latents: Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class PipelineCase:
+    """A pipeline.
+
+    Attributes:
+        components: constructor argument -> name of a public model.
+        arguments: the other arguments of the constructor.
+        condition: number of images -> arguments of ``__call__`` that ask for so many different images.
+        single: arguments of ``__call__`` for the first of these conditions, not in a list.
+        steps: sampling steps of a call.
+        changeable: tensors that a callback may replace.
+        read_directly: parts of components whose weights a call reads without the component's hooks, as
+            ``"component.part"``; the pipeline itself brings them to its device.
+    """
+
+    components: Mapping[str, str]
+    arguments: Mapping[str, Any]
+    condition: Callable[[int], dict[str, Any]]
+    single: Mapping[str, Any]
+    steps: int
+    changeable: tuple[str, ...]
+    read_directly: tuple[str, ...] = ()
+
+
+def draws(*shape: int) -> Tensor:
+    """Standard normal numbers; row i depends on i only."""
+    return torch.stack([torch.randn(shape[1:], generator=generator(row)) for row in range(shape[0])])
+
+
+def labels(batch: int, num_classes: int) -> Tensor:
+    return torch.arange(batch) % num_classes
+
+
+def _vqvae_latents(batch: int) -> Tensor:
+    return draws(batch, 8, 4, 4)
+
+
+MODELS: dict[str, ModelCase] = {
+    "MultiScaleVQVAE": ModelCase(
+        arguments={
+            "num_codes": 16,
+            "latent_channels": 8,
+            "base_channels": 8,
+            "channel_multipliers": (1, 2),
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "patch_nums": PATCH_NUMS,
+            "num_residual_convs": 2,
+        },
+        inputs=lambda batch: {"pixels": draws(batch, 3, 8, 8).clamp(-1, 1)},
+        smooth=lambda model, inputs: model.decode(_vqvae_latents(len(inputs["pixels"]))).sample,
+        entry_points={
+            "encode": lambda model, inputs: model.encode(**inputs),
+            "decode": lambda model, inputs: model.decode(_vqvae_latents(1)),
+            "decode_codes": lambda model, inputs: model.decode_codes(torch.zeros(1, NUM_TOKENS, dtype=torch.long)),
+            "decode_codes_per_scale": lambda model, inputs: model.decode_codes_per_scale(
+                torch.zeros(1, NUM_TOKENS, dtype=torch.long)
+            ),
+        },
+    ),
+    "VARTransformer": ModelCase(
+        arguments={
+            "num_codes": 16,
+            "code_dim": 8,
+            "num_classes": 5,
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "mlp_ratio": 2.0,
+            "patch_nums": PATCH_NUMS,
+            "class_dropout": 0.0,
+        },
+        inputs=lambda batch: {"latents": draws(batch, NUM_TOKENS - 1, 8), "class_labels": labels(batch, 5)},
+        smooth=lambda model, inputs: model(**inputs).logits,
+        entry_points={
+            "new_cache": lambda model, inputs: model.new_cache(inputs["class_labels"]),
+            "forward_scale": lambda model, inputs: _first_scale(model, inputs["class_labels"]),
+        },
+        float32_outputs=frozenset({"logits"}),
+    ),
+}
+
+QUANTIZERS: dict[str, QuantizerCase] = {
+    "MultiScaleResidualQuantizer": QuantizerCase(
+        arguments={"num_codes": 16, "code_dim": 8, "patch_nums": PATCH_NUMS, "num_residual_convs": 2},
+        latents=_vqvae_latents,
+    ),
+    "VectorQuantizer": QuantizerCase(
+        arguments={"num_codes": 16, "code_dim": 8}, latents=lambda batch: draws(batch, 16, 8)
+    ),
+}
+
+PIPELINES: dict[str, PipelineCase] = {
+    "VARPipeline": PipelineCase(
+        components={"vq_model": "MultiScaleVQVAE", "transformer": "VARTransformer"},
+        arguments={"class_names": ["red", "green", "blue", "cyan", "pink"]},
+        condition=lambda count: {"class_labels": labels(count, 5).tolist()},
+        single={"class_labels": 0},
+        steps=len(PATCH_NUMS),
+        changeable=("f_hat",),
+        read_directly=("vq_model.quantizer",),
+    ),
+}
+
+
+def build_model(name: str, **changes: Any) -> nn.Module:
+    """The tiny model in evaluation mode; no parameter keeps an initial value that hides a path, such as zero."""
+    return _randomize(getattr(hfgen, name), {**MODELS[name].arguments, **changes})
+
+
+def build_quantizer(name: str, **changes: Any) -> nn.Module:
+    """The tiny quantizer in evaluation mode."""
+    return _randomize(getattr(hfgen, name), {**QUANTIZERS[name].arguments, **changes})
+
+
+def build_pipeline(name: str):
+    """The tiny pipeline, with its progress bar off."""
+    components = {argument: build_model(model) for argument, model in PIPELINES[name].components.items()}
+    pipeline = getattr(hfgen, name)(**components, **PIPELINES[name].arguments)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _first_scale(model: nn.Module, class_labels: Tensor) -> Tensor:
+    cache, condition = model.new_cache(class_labels)
+    return model.forward_scale(None, condition, cache, 0, len(class_labels))
+
+
+@torch.no_grad()
+def _randomize(model_class: type[nn.Module], arguments: dict[str, Any]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = model_class(**arguments).eval()
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator(*name.encode()))
+        parameter.add_(0.2 * noise)
+    return model
