@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 MAPPED_FOLDERS = ("pipelines", "conversion")
 
-TRAIN = ["matplotlib>=3.9", "pyyaml>=6"]
+TRAIN = ["matplotlib>=3.9"]
 EVAL = ["matplotlib>=3.9"]
 LORA = ["peft>=0.17"]
 TEST = ["build>=1.2", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.14"]
@@ -45,9 +45,11 @@ setup(
         "huggingface-hub>=1.0",
         "numpy>=1.26",
         "pillow>=10",
+        "pyyaml>=6",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "torch>=2.8",
+        "tqdm>=4.66",
         "transformers>=5.0",
     ],
     extras_require={"train": TRAIN, "eval": EVAL, "lora": LORA, "test": TEST + TRAIN + EVAL + LORA},

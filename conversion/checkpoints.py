@@ -121,8 +121,9 @@ def _read_pickle(path: Path, allow_pickle: bool) -> Any:
     except Exception as error:  # a damaged file can fail with any exception
         refused = None if allow_pickle else _refused(str(error), is_pickle)
         if refused is None:
-            found = re.search(r"(?:WeightsUnpickler error: )(.+)|(.+)", str(error))
-            reason = (found[1] or found[2]) if found else type(error).__name__
+            # Without PyTorch's own advice, which is to read the file unsafely.
+            reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0]
+            reason = reason or type(error).__name__
             raise ValueError(f"{path} is cut off or not a PyTorch checkpoint: {reason}") from error
         raise ValueError(
             f"{path} was not read: besides tensors it holds {refused}, and restoring that can run any code. If you "

@@ -185,12 +185,14 @@ def convert(
     if expected is not None:
         for name in expected.keys() - converted.keys():
             problems.missing += [source for source in _counterparts(name, renaming) if source not in state]
+        misshapen: dict[tuple[str, ...], str] = {}
         for name, tensor in converted.items():
             if name not in expected:
                 problems.unknown += origin[name]
             elif tensor.shape != expected[name]:
                 shapes = f"{tuple(tensor.shape)} where {tuple(expected[name])} is needed"
-                problems.wrong.append(f"{', '.join(origin[name])} (gives {name} {shapes})")
+                misshapen.setdefault(origin[name], f"{', '.join(origin[name])} (gives {name} {shapes})")
+        problems.wrong += misshapen.values()
     problems.raise_if_any("official checkpoint")
     return converted
 

@@ -29,7 +29,8 @@ def transformer_config(state: Mapping[str, Tensor], original: OriginalConfig) ->
     num_embeddings, width = shape(state, "class_emb.weight", 2)
     depth = count(state, r"blocks\.(\d+)\.")
     hidden, _ = shape(state, "blocks.0.ffn.fc1.weight", 2)
-    l2_norm = "blocks.0.attn.scale_mul_1H11" in state
+    l2_norm = any(name.endswith(".scale_mul_1H11") for name in state)
+    shared = any(name.startswith("shared_ada_lin.") or name.endswith(".ada_gss") for name in state)
     num_heads = _num_heads(state, width, l2_norm, original)
     for name in ("drop_rate", "attn_drop_rate"):
         original.fixed(name, 0.0)
@@ -43,7 +44,7 @@ def transformer_config(state: Mapping[str, Tensor], original: OriginalConfig) ->
         "attention_head_dim": original.read("embed_dim", width) // num_heads,
         "mlp_ratio": original.read("mlp_ratio", hidden / width),
         "patch_nums": _patch_nums(state, original),
-        "shared_modulation": original.read("shared_aln", "shared_ada_lin.1.weight" in state),
+        "shared_modulation": original.read("shared_aln", shared),
         "l2_norm_attention": original.read("attn_l2_norm", l2_norm),
         "class_dropout": original.get("cond_drop_rate", 0.1),
         # The official builder derives the rate from the depth.

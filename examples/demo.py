@@ -24,13 +24,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", default=str(ROOT / "zoo" / "var-shapes"), help="folder or Hub id")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder for the pictures")
-    parser.add_argument("--images-per-class", type=int, default=8, help="how many images the judge sees of each class")
+    parser.add_argument("--images-per-class", type=int, default=4, help="images of each class for the judge")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
     pipeline = VARPipeline.from_pretrained(options.pipeline, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    class_names = pipeline.config.class_names
+    class_names = pipeline.class_names
     # Row i of `labels` shows every class once; image k is drawn from (seed, k) alone.
     labels = torch.arange(len(class_names)).repeat(options.images_per_class)
     generators = [generator(options.seed, k) for k in range(len(labels))]

@@ -86,17 +86,14 @@ class MultiScaleVQVAETask(Task):
         self.averaged = ("tokenizer",)
         if config.perceptual_weight > 0:
             if config.perceptual_source is None:
-                raise ValueError(
-                    "--perceptual_weight needs --perceptual_source, the folder or Hub id of LPIPS weights."
-                )
+                raise ValueError("--perceptual_weight needs --perceptual_source: where the LPIPS weights are.")
             self.lpips = LPIPS.from_pretrained(config.perceptual_source)
             self.frozen = (self.lpips,)
         if config.adversarial_weight > 0:
             self.modules["discriminator"] = PatchDiscriminator(
                 base_channels=config.discriminator_channels, num_layers=config.discriminator_layers
             )
-            rate = config.discriminator_learning_rate
-            self.phases["discriminator"] = Phase(("discriminator",), learning_rate=rate)
+            self.phases["discriminator"] = Phase(("discriminator",), config.discriminator_learning_rate)
         self.validation_pixels = to_pixels(validation_images(config))
 
     def training_step(self, batch, draws):

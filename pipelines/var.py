@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
@@ -32,7 +33,7 @@ class VARPipeline(DiffusionPipeline):
     Args:
         vq_model: the multi-scale VQ-VAE.
         transformer: the VAR transformer; both have the same ``patch_nums``, codebook size and latent channels.
-        class_names: name of each class, so that labels can be given by name.
+        class_names: name of each class in order, so that labels can be given by name; or label -> name, as saved.
 
     Raises:
         ValueError: tokenizer and transformer do not fit together.
@@ -42,12 +43,19 @@ class VARPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["f_hat", "codes", "logits"]
 
     def __init__(
-        self, vq_model: MultiScaleVQVAE, transformer: VARTransformer, class_names: Sequence[str] | None = None
+        self,
+        vq_model: MultiScaleVQVAE,
+        transformer: VARTransformer,
+        class_names: Sequence[str] | Mapping[str, str] | None = None,
     ):
         super().__init__()
+        if isinstance(class_names, Mapping):
+            class_names = [class_names[str(label)] for label in range(len(class_names))]
         _check_components(vq_model, transformer, class_names)
         self.register_modules(vq_model=vq_model, transformer=transformer)
-        self.register_to_config(class_names=None if class_names is None else list(class_names))
+        # No list: loading from the Hub takes every list in model_index.json for a component.
+        names = None if class_names is None else {str(label): name for label, name in enumerate(class_names)}
+        self.register_to_config(class_names=names)
         self.image_processor = VaeImageProcessor(vae_scale_factor=vq_model.downsample_factor)
 
     def check_inputs(
@@ -105,7 +113,7 @@ class VARPipeline(DiffusionPipeline):
             class_labels = class_labels.flatten().tolist()
         elif isinstance(class_labels, (int, str)):
             class_labels = [class_labels]
-        names = self.config.class_names or []
+        names = self.class_names or []
         ids = []
         for label in class_labels:
             if isinstance(label, str):
@@ -140,13 +148,15 @@ class VARPipeline(DiffusionPipeline):
         side = self.transformer.patch_nums[-1] * self.vq_model.downsample_factor
         if pixels.shape[-2:] != (side, side):
             raise ValueError(
-                f"The image to edit is {pixels.shape[-1]}x{pixels.shape[-2]} pixels, but the model makes {side}x{side}; "
-                f"resize or crop it, for example with image.resize(({side}, {side}))."
+                f"The image to edit is {pixels.shape[-1]}x{pixels.shape[-2]} pixels, but the model makes "
+                f"{side}x{side}; resize or crop it, for example with image.resize(({side}, {side}))."
             )
         repaint = _to_mask(mask_image)
         for name, value in (("image", pixels), ("mask_image", repaint)):
             if value.shape[0] not in (1, batch_size):
-                raise ValueError(f"{name} has a batch of {value.shape[0]}, but there are {batch_size} images; give 1 or all.")
+                raise ValueError(
+                    f"{name} has a batch of {value.shape[0]}, but there are {batch_size} images; give one or all."
+                )
         codes = self.vq_model.encode(pixels.to(device)).codes
         codes = codes.expand(batch_size, -1).split(self.transformer.scale_lengths, dim=1)
         keep = F.adaptive_avg_pool2d(1 - repaint.to(device), self.transformer.patch_nums[-1])
@@ -155,6 +165,12 @@ class VARPipeline(DiffusionPipeline):
     def decode_latents(self, f_hat: Tensor) -> Tensor:
         """Latents (B, C, P, P) -> pixels (B, 3, H, W) in [-1, 1], also for the unfinished latents of a callback."""
         return self.vq_model.decode(f_hat).sample.clamp(-1, 1)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The name of each class in order, None if the pipeline has none."""
+        names = self.config.class_names
+        return None if names is None else list(names.values())
 
     @property
     def num_timesteps(self) -> int:
@@ -211,6 +227,8 @@ class VARPipeline(DiffusionPipeline):
         """
         num_codes = self.transformer.config.num_codes
         top_k = min(top_k, num_codes)
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
             class_labels,
             num_images_per_prompt,
@@ -271,7 +289,8 @@ class VARPipeline(DiffusionPipeline):
                     changed = callback_on_step_end(self, scale, side, tensors).get("f_hat", f_hat)
                     if changed is not f_hat:
                         f_hat = changed
-                        next_input = None if next_input is None else F.adaptive_avg_pool2d(f_hat, next_input.shape[-2:])
+                        if next_input is not None:
+                            next_input = F.adaptive_avg_pool2d(f_hat, next_input.shape[-2:])
                 progress_bar.update()
 
         images = f_hat
@@ -309,7 +328,7 @@ def _check_components(
                 "transformer was trained with."
             )
     if class_names is not None and len(class_names) != generator.num_classes:
-        raise ValueError(f"Got {len(class_names)} class names for {generator.num_classes} classes; give one per class.")
+        raise ValueError(f"Got {len(class_names)} class_names for {generator.num_classes} classes; give one each.")
 
 
 def _to_pixels(image: Images) -> Tensor:
@@ -319,8 +338,8 @@ def _to_pixels(image: Images) -> Tensor:
             raise ValueError(f"An image tensor must be (B, 3, H, W) in [-1, 1], got shape {tuple(image.shape)}.")
         if not image.is_floating_point() or image.min() < -1.001 or image.max() > 1.001:
             raise ValueError(
-                f"An image tensor must be float in [-1, 1], got {image.dtype} from {image.min():g} to {image.max():g}; "
-                "from uint8 use image / 127.5 - 1."
+                f"An image tensor must be float in [-1, 1], got {image.dtype} from {image.min():g} to "
+                f"{image.max():g}; from uint8 use image / 127.5 - 1."
             )
         return image
     images = [image] if isinstance(image, PIL.Image.Image) else list(image)

@@ -28,9 +28,9 @@ def run(options: argparse.Namespace) -> str:
     pipeline.set_progress_bar_config(disable=True)
     settings = chosen_settings(pipeline, options)
     classes = range(pipeline.transformer.config.num_classes) if options.labels == "all" else options.labels
-    names = pipeline.config.get("class_names")
+    names = dict(enumerate(getattr(pipeline, "class_names", None) or ()))
     labels = [label for label in classes for _ in range(options.num)]
-    titles = [str(names[label] if names and isinstance(label, int) else label) for label in labels]
+    titles = [str(names.get(label, label)) for label in labels]
 
     kept = []
     start = time.perf_counter()

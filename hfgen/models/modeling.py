@@ -58,7 +58,7 @@ class DecoderOutput(BaseOutput):
 
 @dataclass
 class AutoencoderOutput(BaseOutput):
-    """What ``forward`` of an image tokenizer returns: the reconstruction beside the fields of :class:`TokenizerOutput`."""
+    """What ``forward`` of an image tokenizer returns: the reconstruction and what ``encode`` returns."""
 
     sample: Tensor
     latents: Tensor
@@ -90,7 +90,8 @@ class HFGenModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def from_preset(cls, name: str) -> HFGenModel:
         """A freshly initialised model of a published size; under ``torch.device("meta")`` it takes no memory."""
         if name not in cls.presets:
-            raise ValueError(f"{cls.__name__} has no preset {name!r}; choose one of {', '.join(cls.presets) or 'none'}.")
+            known = ", ".join(cls.presets) or "none"
+            raise ValueError(f"{cls.__name__} has no preset {name!r}; known are: {known}.")
         return cls(**cls.presets[name])
 
     @classmethod
@@ -100,6 +101,7 @@ class HFGenModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         *,
         original_config: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
+        allow_pickle: bool = False,
     ) -> HFGenModel:
         """Load a checkpoint in the layout of the official repository.
 
@@ -107,6 +109,7 @@ class HFGenModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             checkpoint: a file, a folder, or a state dict with official names.
             original_config: official constructor arguments that the shapes of the weights do not tell.
             dtype: dtype of the returned model; by default that of the checkpoint.
+            allow_pickle: also read pickles that could run code; only for files that you trust.
 
         Returns:
             The model in evaluation mode. Missing or unknown keys are a ``ValueError`` that names them.
@@ -116,7 +119,11 @@ class HFGenModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if cls.original_system is None:
             raise ValueError(f"{cls.__name__} has no official checkpoint layout; use from_pretrained instead.")
         model = load_original(
-            cls.original_system, checkpoint, part=cls.original_part, original_config=original_config
+            cls.original_system,
+            checkpoint,
+            part=cls.original_part,
+            original_config=original_config,
+            allow_pickle=allow_pickle,
         )
         if not isinstance(model, cls):
             raise ValueError(f"The checkpoint holds a {type(model).__name__}, not a {cls.__name__}.")

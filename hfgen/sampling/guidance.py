@@ -61,5 +61,7 @@ def resolve_guidance(schedule: str | Sequence[float], scale: float, num_steps: i
     if isinstance(schedule, str):
         return guidance_schedule(schedule, scale, num_steps)
     if len(schedule) != num_steps:
-        raise ValueError(f"guidance_schedule has {len(schedule)} values, but there are {num_steps} steps; give one each.")
+        raise ValueError(
+            f"guidance_schedule has {len(schedule)} values, but there are {num_steps} steps; give one for each."
+        )
     return [float(value) for value in schedule]

@@ -12,8 +12,8 @@ from hfgen.sampling.logits import gumbel_softmax
 def smooth_probabilities(logits: Tensor, draws: Tensor, progress: float) -> Tensor:
     """Relaxed codes that make smoother images than drawn ones.
 
-    The weights of the codes are a Gumbel-softmax of ``(1 + r) logits`` at temperature ``max(0.27 (1 - 0.95 r), 0.005)``
-    for the progress r from 0 at the first scale to 1 at the last.
+    The weights of the codes are a Gumbel-softmax of ``(1 + r) logits`` at temperature
+    ``max(0.27 (1 - 0.95 r), 0.005)`` for the progress r from 0 at the first scale to 1 at the last.
 
     Args:
         logits: (B, S, V), already filtered.

@@ -49,7 +49,7 @@ class BlockSampler(Sampler[list[tuple[int, int]]]):
         accumulation: micro-steps per optimizer step.
         rank, world_size: which process this is, of how many.
         seed: of the permutations.
-        start_step: the optimizer step to begin with; skipping costs nothing.
+        start_step: the optimizer step to begin with, also an attribute; skipping costs nothing.
     """
 
     def __init__(

@@ -134,8 +134,8 @@ class TrainingConfig:
             raise ValueError(f"--ema_decay is {self.ema_decay}; it must be in [0, 1), where 0 switches the EMA off.")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             raise ValueError(
-                f"--checkpoints_total_limit is {self.checkpoints_total_limit}; it must be at least 1, or 'none' to keep "
-                "all."
+                f"--checkpoints_total_limit is {self.checkpoints_total_limit}; it must be at least 1, or 'none' to "
+                "keep all."
             )
         if self.resume is not None and self.overwrite:
             raise ValueError("--resume continues a run and --overwrite deletes it; give only one of them.")

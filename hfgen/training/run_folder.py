@@ -29,7 +29,9 @@ def open_run(config: TrainingConfig) -> Path | None:
             checkpoints after the one to resume.
     """
     folder = Path(config.output_dir)
-    holds_run = (folder / LOG_FILE).exists() or bool(list_checkpoints(folder))
+    log = folder / LOG_FILE
+    # An empty log is what a run leaves that failed before its first line: nothing is lost.
+    holds_run = (log.exists() and log.stat().st_size > 0) or bool(list_checkpoints(folder))
     checkpoint = None
     if config.resume is not None:
         checkpoint = resolve_checkpoint(folder, config.resume)

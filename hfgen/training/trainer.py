@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -55,7 +56,10 @@ class Trainer:
                 )
         self.config = config
         # Autocast and loss scaling are the trainer's: accelerate's scaler is made for a single optimizer.
-        self.accelerator = Accelerator(mixed_precision="no", log_with=config.report_to)
+        # Buffers are not broadcast: modules reduce their own statistics, and a discriminator called twice before the
+        # backward pass would find its buffers overwritten.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self.accelerator = Accelerator(mixed_precision="no", log_with=config.report_to, kwargs_handlers=[ddp])
         self.device = self.accelerator.device
         self.mixed_precision = resolve_mixed_precision(config.mixed_precision, self.device)
         self.output_dir = Path(config.output_dir)
@@ -92,6 +96,15 @@ class Trainer:
 
     def _prepare(self, task: Task, dataset: Dataset) -> None:
         config, accelerator = self.config, self.accelerator
+        # First of all, because it rejects data that is too small before an old run is touched.
+        sampler = BlockSampler(
+            len(dataset),
+            config.batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            seed=config.seed,
+        )
         self.task = task
         for module in task.frozen:
             module.to(self.device).eval().requires_grad_(False)
@@ -122,15 +135,7 @@ class Trainer:
         for name, module in self.models.items():
             autocast_forward(module, self.device, self.mixed_precision)
             task.modules[name] = accelerator.prepare_model(module)
-        sampler = BlockSampler(
-            len(dataset),
-            config.batch_size,
-            accumulation=config.gradient_accumulation_steps,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            seed=config.seed,
-            start_step=self.step,
-        )
+        sampler.start_step = self.step
         self.loader = make_loader(
             dataset, sampler, num_workers=config.num_workers, pin_memory=self.device.type == "cuda"
         )
@@ -246,10 +251,10 @@ class Trainer:
         self.skipped_steps += 1
         self.consecutive_skips[phase] = self.consecutive_skips.get(phase, 0) + 1
         what = "loss" if not loss_is_finite else "gradient norm"
-        logger.warning("Step %d: the %s of phase %r is not finite; no update.", self.step, what, phase)
+        logger.warning("Step %d: the %s of phase %r is not finite; no update.", self.step + 1, what, phase)
         if self.consecutive_skips[phase] >= self.config.max_skipped_steps:
             raise FloatingPointError(
-                f"Step {self.step}: the {what} of phase {phase!r} was not finite {self.consecutive_skips[phase]} "
+                f"Step {self.step + 1}: the {what} of phase {phase!r} was not finite {self.consecutive_skips[phase]} "
                 "times in a row. Resume an earlier checkpoint with a lower --learning_rate or --mixed_precision bf16."
             )
 

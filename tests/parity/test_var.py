@@ -62,21 +62,33 @@ def training(part):
     return {name: value.detach() for name, value in results.items()}
 
 
-def sample(part, cfg, **arguments):
-    """Run the pipeline and record every scale: codes and guided logits before the filters."""
+def sample(part, cfg, stored_logits=None, **arguments):
+    """Run the pipeline and record every scale: codes, guided logits before the filters, relaxed codes.
+
+    With ``stored_logits``, those of each scale replace the recorded ones from there on.
+    """
     pipeline = VARPipeline(vq_model=model("vae"), transformer=model(part))
     pipeline.set_progress_bar_config(disable=True)
-    record = {"idx": [], "logits": []}
+    record = {"idx": [], "logits": [], "probs": []}
 
     def record_filter(logits, **filters):
         record["logits"].append(logits)
+        if stored_logits is not None:
+            logits = stored_logits[len(record["logits"]) - 1]
         return filter_logits(logits, **filters)
+
+    def record_smooth(*inputs):
+        record["probs"].append(smooth_probabilities(*inputs))
+        return record["probs"][-1]
 
     def record_step(_, scale, side, tensors):
         record["idx"].append(tensors["codes"])
         return {}
 
-    with mock.patch.object(var_pipeline, "filter_logits", record_filter):
+    with (
+        mock.patch.object(var_pipeline, "filter_logits", record_filter),
+        mock.patch.object(var_pipeline, "smooth_probabilities", record_smooth),
+    ):
         output = pipeline(
             guidance_scale=1 + cfg,
             output_type="latent",
@@ -84,7 +96,8 @@ def sample(part, cfg, **arguments):
             callback_on_step_end_tensor_inputs=["codes"],
             **arguments,
         )
-    return {name: torch.cat(values, dim=1) for name, values in record.items()} | {"fhat": output.images}
+    results = {name: torch.cat(values, dim=1) for name, values in record.items() if values}
+    return results | {"fhat": output.images}
 
 
 @cache
@@ -109,23 +122,23 @@ def seeded(part):
 
 @cache
 def smooth(part):
-    """Smooth sampling with the exponential draws of the case; the codes drawn on the way have no effect."""
+    """Smooth sampling with the exponential draws of the case, each scale continued from the stored logits.
+
+    The last temperatures are near 0.01, so that codes relaxed from our own logits would have their rounding magnified.
+    """
     case = read_case(SYSTEM)
-    per_scale = case.inputs["smooth_exp"].split(model(part).scale_lengths, dim=1)
+    lengths = model(part).scale_lengths
+    per_scale = case.inputs["smooth_exp"].split(lengths, dim=1)
     draws = iter([draw for draw in per_scale for _ in range(2)])  # the pipeline draws codes first, as the official one
     with mock.patch.object(var_pipeline, "exponential_draws", lambda *_: next(draws)):
-        cfg = case.config["cfg_scale"][part]
-        return sample(part, cfg, class_labels=sample_labels(part), smooth=True, **seeded_filters())
-
-
-def smooth_codes(part):
-    """Relaxed codes from the stored logits: the small temperature would magnify the rounding of our own."""
-    case = read_case(SYSTEM)
-    logits = filter_logits(case.outputs[f"{part}.smooth.logits"], **seeded_filters())
-    lengths = model(part).scale_lengths
-    scales = enumerate(zip(logits.split(lengths, 1), case.inputs["smooth_exp"].split(lengths, 1), strict=True))
-    relaxed = [smooth_probabilities(*inputs, scale / (len(lengths) - 1)) for scale, inputs in scales]
-    return torch.cat(relaxed, dim=1)
+        return sample(
+            part,
+            case.config["cfg_scale"][part],
+            stored_logits=case.outputs[f"{part}.smooth.logits"].split(lengths, dim=1),
+            class_labels=sample_labels(part),
+            smooth=True,
+            **seeded_filters(),
+        )
 
 
 @cache
@@ -163,7 +176,6 @@ CHECKS = {
     rf"{PART}\.(logits|loss_\w+(?:\.1)?|acc_mean|grad\..+)": lambda part, name: training(part)[name],
     rf"{PART}\.greedy\.(\w+)": lambda part, name: greedy(part)[name],
     rf"{PART}\.uncond\.(\w+)": lambda part, name: unconditional(part)[name],
-    rf"{PART}\.smooth\.probs": lambda part: smooth_codes(part),
     rf"{PART}\.smooth\.(\w+)": lambda part, name: smooth(part)[name],
     rf"{PART}\.seeded\.(\w+)": lambda part, name: seeded(part)[name],
     r"edit\.(inpaint|outpaint)\.(\w+)": lambda kind, name: edited(kind)[name],

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-DEFAULT_FOLDER = Path(__file__).parents[1] / "parity" / "cases"
+PUBLIC_CASES = Path(__file__).parents[1] / "parity" / "cases"
 GAINS = ("weight", "gamma", "scale", "g")
 
 
@@ -36,7 +36,7 @@ class Case:
 
 def case_path(system: str) -> Path:
     """Where the case of a system lies: in the folder that HFGEN_GOLDEN names, by default beside the parity tests."""
-    return Path(os.environ.get("HFGEN_GOLDEN", DEFAULT_FOLDER)) / f"{system}.safetensors"
+    return Path(os.environ.get("HFGEN_GOLDEN", PUBLIC_CASES)) / f"{system}.safetensors"
 
 
 def output_names(system: str) -> list[str]:
@@ -49,8 +49,9 @@ def output_names(system: str) -> list[str]:
 
 
 @cache
-def read_case(system: str) -> Case:
-    with safe_open(case_path(system), "pt") as file:
+def read_case(system: str, folder: Path | None = None) -> Case:
+    """The case of a system, from ``folder`` if one is given and else from where :func:`case_path` says."""
+    with safe_open(folder / f"{system}.safetensors" if folder else case_path(system), "pt") as file:
         meta = json.loads(file.metadata()["case"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}
 

@@ -28,7 +28,7 @@ def push(folder: Path) -> None:
         model.push_to_hub(f"tester/{name}", subfolder="inside")
         model.half().push_to_hub(f"tester/{name}", variant="fp16", create_pr=True)
     for name in PIPELINES:
-        pipeline = build_pipeline(name)
+        pipeline = build_pipeline(name, **PIPELINES[name].arguments)
         save_file({"images": sample(pipeline, name).contiguous()}, folder / f"{name}.safetensors")
         pipeline.push_to_hub(f"tester/{name}")
 
@@ -48,8 +48,10 @@ def pull(folder: Path) -> None:
     def same_weights(model: nn.Module, name: str, dtype: torch.dtype = torch.float32) -> bool:
         expected = load_file(folder / f"{name}.safetensors")
         actual = model.state_dict()
-        return type(model) is getattr(hfgen, name) and actual.keys() == expected.keys() and all(
-            torch.equal(actual[key], value.to(dtype)) for key, value in expected.items()
+        return (
+            type(model) is getattr(hfgen, name)
+            and actual.keys() == expected.keys()
+            and all(torch.equal(actual[key], value.to(dtype)) for key, value in expected.items())
         )
 
     for name, case in PIPELINES.items():

@@ -42,7 +42,6 @@ class HubServer:
 
     Attributes:
         repositories: by id, such as ``"tester/model"``.
-        requests: ``"METHOD path"`` of every request, in order.
         url: address of the server.
     """
 
@@ -50,7 +49,6 @@ class HubServer:
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
-        self.requests: list[str] = []
         self.lfs_objects: dict[str, bytes] = {}
         self.lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (_Handler,), {"hub": self}))
@@ -104,7 +102,6 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         with self.hub.lock:
-            self.hub.requests.append(f"{self.command} {url.path}")
             if url.path.startswith("/lfs/"):  # the address in the batch answer is the permission
                 return self._put_lfs_object(url.path.removeprefix("/lfs/"), body)
             if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
@@ -177,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
                     "path": path,
                     "uploadMode": "lfs" if _is_lfs(path) else "regular",
                     "shouldIgnore": False,
-                    "oid": _entry(path, files[path])["oid"] if path in files else None,
+                    "oid": _content_oid(path, files[path]) if path in files else None,  # equal ones are not sent
                 }
                 for path in (file["path"] for file in json.loads(body)["files"])
             ]
@@ -227,15 +224,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._missing("Entry", X_Repo_Commit=found[1])  # the client caches that the file is absent
         content = files[path]
         entry = _entry(path, content)
-        headers = {"ETag": f'"{entry["oid"]}"', "X_Repo_Commit": found[1], "Accept_Ranges": "bytes"}
+        headers = {"ETag": f'"{entry["oid"]}"', "X_Repo_Commit": found[1]}
         if "lfs" in entry:
             headers |= {"X_Linked_Etag": f'"{entry["lfs"]["oid"]}"', "X_Linked_Size": str(len(content))}
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted is None:
-            return self._send(content, **headers)
-        start, stop = int(wanted[1]), min(int(wanted[2] or len(content)) + 1, len(content))
-        headers["Content_Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-        self._send(content[start:stop], status=206, **headers)
+        self._send(content, **headers)
 
     def _validate_card(self, body: bytes) -> None:
         self._json({"errors": [], "warnings": []})
@@ -266,6 +258,10 @@ def _blob_oid(content: bytes) -> str:
     return _sha1(b"blob %d\0" % len(content) + content)
 
 
+def _content_oid(path: str, content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest() if _is_lfs(path) else _blob_oid(content)
+
+
 def _is_lfs(path: str) -> bool:
     return path.endswith(".safetensors")
 
@@ -274,7 +270,7 @@ def _entry(path: str, content: bytes) -> dict:
     """A file as the tree lists it; the oid of an LFS file is that of its pointer."""
     if not _is_lfs(path):
         return {"type": "file", "path": path, "size": len(content), "oid": _blob_oid(content)}
-    sha256 = hashlib.sha256(content).hexdigest()
+    sha256 = _content_oid(path, content)
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(content)}\n".encode()
     lfs = {"oid": sha256, "size": len(content), "pointerSize": len(pointer)}
     return {"type": "file", "path": path, "size": len(content), "oid": _blob_oid(pointer), "lfs": lfs}

@@ -53,7 +53,7 @@ class PipelineCase:
 
     Attributes:
         components: constructor argument -> name of a public model.
-        arguments: the other arguments of the constructor.
+        arguments: the other arguments of the constructor, which a pipeline can do without.
         condition: number of images -> arguments of ``__call__`` that ask for so many different images.
         single: arguments of ``__call__`` for the first of these conditions, not in a list.
         steps: sampling steps of a call.
@@ -162,10 +162,10 @@ def build_quantizer(name: str, **changes: Any) -> nn.Module:
     return _randomize(getattr(hfgen, name), {**QUANTIZERS[name].arguments, **changes})
 
 
-def build_pipeline(name: str):
-    """The tiny pipeline, with its progress bar off."""
+def build_pipeline(name: str, **arguments: Any):
+    """The tiny pipeline, with its progress bar off; ``arguments`` are those that it can do without."""
     components = {argument: build_model(model) for argument, model in PIPELINES[name].components.items()}
-    pipeline = getattr(hfgen, name)(**components, **PIPELINES[name].arguments)
+    pipeline = getattr(hfgen, name)(**components, **arguments)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import AttentionMixin, FeedForward
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from hfgen.models.layers.attention import CosineSelfAttention, SelfAttention
@@ -142,6 +143,7 @@ class VARTransformer(HFGenModel, AttentionMixin):
     """
 
     _supports_gradient_checkpointing = True
+    _supports_group_offloading = False  # the tables are read outside of any submodule's forward
     _no_split_modules = ["VARBlock"]
     _repeated_blocks = ["VARBlock"]
     _skip_layerwise_casting_patterns = ["embed", "norm", "modulation"]
@@ -230,7 +232,8 @@ class VARTransformer(HFGenModel, AttentionMixin):
                 nn.init.normal_(block.modulation_table, std=1 / math.sqrt(width))
                 gates, others = block.modulation_table[:, :2], block.modulation_table[:, 2:]
             else:
-                gates, others = block.modulation.linear.weight[: 2 * width], block.modulation.linear.weight[2 * width :]
+                weight = block.modulation.linear.weight
+                gates, others = weight[: 2 * width], weight[2 * width :]
             gates.mul_(gate_gain)
             others.mul_(0.5)
 
@@ -253,6 +256,7 @@ class VARTransformer(HFGenModel, AttentionMixin):
         repeats = torch.tensor(lengths, device=device)
         return torch.arange(num_scales, device=device).repeat_interleave(repeats, output_size=sum(lengths))
 
+    @apply_forward_hook
     def new_cache(self, class_labels: Tensor) -> tuple[VARCache, Tensor]:
         """What :meth:`forward_scale` needs for a batch of sequences with these labels.
 
@@ -276,6 +280,7 @@ class VARTransformer(HFGenModel, AttentionMixin):
         )
         return VARCache(kv, rows, len(self.blocks)), condition
 
+    @apply_forward_hook
     def forward_scale(
         self, latents: Tensor | None, condition: Tensor, cache: VARCache, scale: int, num_logit_rows: int
     ) -> Tensor:
@@ -339,7 +344,7 @@ class VARTransformer(HFGenModel, AttentionMixin):
         condition = self.class_embed(class_labels)  # (B, C)
         start = condition[:, None] + self.start_embed
         tables = self.position_embed[:, :num_tokens] + self.scale_embed(self._scale_of(num_scales, latents.device))
-        inputs = self.input_proj(latents.to(self.input_proj.weight.dtype))
+        inputs = self.input_proj(latents.to(self.dtype))
         hidden_states = torch.cat([start, inputs.to(start.dtype)], dim=1) + tables  # (B, N, C)
 
         block_condition = self.modulation(condition) if self.config.shared_modulation else condition

@@ -133,7 +133,9 @@ class CosineSelfAttention(SelfAttention):
 
     max_log_scale = math.log(100.0)
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, *, key_bias: bool = True, dropout: float = 0.0):
+    def __init__(
+        self, hidden_size: int, num_heads: int, head_dim: int, *, key_bias: bool = True, dropout: float = 0.0
+    ):
         super().__init__(hidden_size, num_heads, head_dim, key_bias=key_bias, scale=1.0, dropout=dropout)
         self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(4.0)))
 

@@ -1,0 +1,107 @@
+"""What the bundled pipelines reach, by the analytic judge of the built-in data.
+
+    python benchmarks/quality.py var-shapes
+
+Reconstruction is measured on images of a split that training never reads, generation on images of every class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from hfgen import VARPipeline
+from hfgen.counters import generator
+from hfgen.data.shapes import CELLS, CLASS_NAMES, SIZES, ShapesData
+from hfgen.data.sources import load_images
+from hfgen.data.transforms import to_pixels
+from hfgen.evaluation.judge import diversity, judge_labels, judge_shapes
+from hfgen.evaluation.reconstruction import reconstruction_metrics
+from hfgen.models.quantizers.usage import codebook_usage
+
+ZOO = Path(__file__).resolve().parent.parent / "zoo"
+
+
+def reconstruction(pipe: VARPipeline, data: ShapesData, batch_size: int) -> dict[str, float]:
+    """PSNR, SSIM and L1 on unseen images, and the use of the codebook at each scale."""
+    tokenizer = pipe.vq_model
+    pixels = to_pixels(torch.stack([data[(0, index)]["pixels"] for index in range(len(data))]))
+    with torch.no_grad():
+        outputs = [tokenizer(part) for part in tqdm(pixels.split(batch_size), desc="reconstruct")]
+    samples, codes = (torch.cat([output[name] for output in outputs]) for name in ("sample", "codes"))
+    metrics = reconstruction_metrics(samples, pixels, codes=codes, num_codes=tokenizer.codebook_size)
+    for side, part in zip(tokenizer.config.patch_nums, tokenizer.quantizer.split(codes)):
+        metrics[f"used_fraction_{side}x{side}"] = codebook_usage(part, tokenizer.codebook_size)["used_fraction"]
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def generation(
+    pipe: VARPipeline, guidance_scale: float, per_class: int, batch_size: int, seed: int
+) -> tuple[dict, dict]:
+    """Judge accuracy of the requested class, and how evenly size and cell are spread."""
+    labels = torch.arange(len(CLASS_NAMES)).repeat_interleave(per_class)
+    images = []
+    for part in tqdm(torch.arange(len(labels)).split(batch_size), desc=f"guidance {guidance_scale:g}"):
+        images.append(
+            pipe(
+                labels[part].tolist(),
+                guidance_scale=guidance_scale,
+                top_k=0,
+                top_p=1.0,
+                generator=[generator(seed, index) for index in part.tolist()],
+                output_type="pt",
+            ).images
+        )
+    pixels = torch.cat(images) * 2 - 1
+    accuracy = judge_labels(pixels, labels)
+    right = judge_shapes(pixels).label == labels
+    accuracy["worst_class"] = min(right[labels == label].float().mean().item() for label in labels.unique())
+    return accuracy, diversity(judge_shapes(pixels))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=["var-shapes"], help="pipeline of the zoo")
+    parser.add_argument("--images", type=int, default=1000, help="unseen images to reconstruct")
+    parser.add_argument("--per_class", type=int, default=50, help="images to generate of each class")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="guidance scales")
+    parser.add_argument("--batch_size", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--path", type=Path, help="measure this pipeline folder instead of the bundled one")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    arguments = parser.parse_args()
+
+    pipe = VARPipeline.from_pretrained(arguments.path or ZOO / arguments.name)
+    pipe.set_progress_bar_config(disable=True)
+    side = pipe.transformer.patch_nums[-1] * pipe.vq_model.downsample_factor
+    data = load_images("shapes", resolution=side, split="test", limit=arguments.images)
+    results: dict = {"reconstruction": reconstruction(pipe, data, arguments.batch_size), "generation": {}}
+    print(f"Reconstruction of {len(data)} unseen images:")
+    for name, value in results["reconstruction"].items():
+        print(f"  {name:24s} {value:.4f}")
+    print(f"Generation, {arguments.per_class} images of each of {len(CLASS_NAMES)} classes, judge accuracy:")
+    print("| guidance | class | worst class | shape | colour | object found |")
+    print("|---|---|---|---|---|---|")
+    spread = {}
+    for scale in arguments.guidance:
+        accuracy, spread = generation(pipe, scale, arguments.per_class, arguments.batch_size, arguments.seed)
+        results["generation"][f"{scale:g}"] = accuracy | spread
+        cells = [accuracy[name] for name in ("label", "worst_class", "shape", "colour", "found")]
+        print(f"| {scale:g} | " + " | ".join(f"{value:.1%}" for value in cells) + " |")
+    print(f"Spread at guidance {arguments.guidance[-1]:g} (even: {1 / len(SIZES):.1%} and {1 / len(CELLS):.1%}):")
+    for name, shares in (("size", spread["sizes"]), ("cell", spread["cells"])):
+        print(f"  {name}: " + ", ".join(f"{key} {share:.1%}" for key, share in shares.items()))
+    print(
+        f"  normalised entropy: size {spread['size_entropy']:.3f}, cell {spread['cell_entropy']:.3f}, "
+        f"class {spread['label_entropy']:.3f}"
+    )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from hfgen.training import REQUIRED, TrainingConfig, flag, parse_config
+
+
+@dataclasses.dataclass(kw_only=True)
+class Config(TrainingConfig):
+    depth: int = flag(REQUIRED, "number of blocks")
+    sides: tuple[int, ...] = flag((1, 2), "sizes")
+    rate: float | None = flag(None, "an optional number")
+
+
+@pytest.fixture
+def base(tmp_path):
+    return ["--output_dir", str(tmp_path / "run")]
+
+
+def _error(capsys, arguments) -> str:
+    with pytest.raises(SystemExit) as caught:
+        parse_config(Config, arguments)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_flags_over_file_over_defaults(tmp_path, base):
+    file = tmp_path / "recipe.yaml"
+    # YAML 1.1 reads 1e-4 as text and a bare no as False.
+    file.write_text("depth: 3\nlearning_rate: 1e-4\nsides: [1, 4]\nmixed_precision: no\nflip: true\nrate: none\n")
+    config = parse_config(Config, [*base, "--config", str(file), "--depth", "5", "--no_progress"])
+    assert (config.depth, config.learning_rate, config.sides) == (5, 1e-4, (1, 4))
+    assert (config.mixed_precision, config.flip, config.rate) == ("no", True, None)
+    assert config.progress is False and config.seed == 0
+
+
+def test_lists_switches_and_none(base):
+    config = parse_config(
+        Config, [*base, "--depth=1", "--sides", "1,2,3", "--flip", "--checkpoints_total_limit", "none", "--rate", "2"]
+    )
+    assert (config.sides, config.flip, config.checkpoints_total_limit, config.rate) == ((1, 2, 3), True, None, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("learning_rat: 1", "sets 'learning_rat'.*Did you mean 'learning_rate'"),
+        ("zzz: 1", "sets 'zzz'.*Known keys: .*adam_beta1"),
+        ("depth: 1.5", "--depth is 1.5; expected a value of type int"),
+        ("depth: true", "--depth is True"),
+        ("flip: maybe", "--flip is 'maybe'; expected true or false"),
+        ("lr_schedule: cosin", "--lr_schedule is 'cosin'; choose one of constant, cosine"),
+        ("sides: 3", "--sides is 3; expected a comma-separated list"),
+        ("- 1", "must map flag names to values"),
+        ("a: [", "is not valid YAML"),
+    ],
+)
+def test_errors_of_a_file_name_the_key(tmp_path, base, capsys, line, message):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(line + "\n")
+    arguments = [*base, "--config", str(file)]
+    if not line.startswith("depth"):
+        arguments += ["--depth", "1"]
+    error = " ".join(_error(capsys, arguments).split())
+    import re
+
+    assert re.search(message, error), error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing --depth"),
+        (["--depth", "x"], "--depth is 'x'"),
+        (["--depth", "1", "--unknown", "2"], "--unknown"),
+        (["--depth", "1", "--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
+        (["--depth", "1", "--ema_decay", "1"], "--ema_decay is 1.0"),
+        (["--depth", "1", "--resume", "latest", "--overwrite"], "give only one"),
+        (["--depth", "1", "--config", "missing.yaml"], "there is no such file"),
+        (["--dept", "1"], "--dept"),
+    ],
+)
+def test_errors_of_the_command_line(base, capsys, arguments, message):
+    assert message in _error(capsys, [*base, *arguments])
+
+
+def test_the_record_of_a_run_is_a_config_file(tmp_path, base):
+    config = parse_config(Config, [*base, "--depth", "2", "--sides", "1,5", "--rate", "0.5"])
+    file = tmp_path / "training_config.json"
+    file.write_text(json.dumps(dataclasses.asdict(config)))
+    assert parse_config(Config, ["--config", str(file)]) == config
+
+
+def test_help_names_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_config(Config, ["--help"], description="What it does.")
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "What it does." in text
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name}" in text and field.metadata["help"].split("'")[0].strip() in text
+    for shown in (
+        "(default: 1,2)",
+        "(required)",
+        "(default: 0.0001)",
+        "--no_flip",
+        "(default: off)",
+        "(default: none)",
+    ):
+        assert shown in text, shown
