@@ -4,13 +4,14 @@ PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+INSTALL := $(BIN)/python -m pip install -qq --constraint constraints.txt --editable
 
 .PHONY: install demo test lint readme dist clean
 
 $(VENV)/.hfgen: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hfgen: constraints.txt needs Python 3.11 or newer; pass one as PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV); torch is large, so the first time takes some minutes"
 	$(INSTALL) .
 	@touch $@
 

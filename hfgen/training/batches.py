@@ -6,6 +6,7 @@ r takes block ``micro_step * processes + r``, so two processes see what one proc
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,19 +131,29 @@ def training_images(config: TrainingConfig) -> Dataset:
 
 def validation_images(config: TrainingConfig) -> Tensor:
     """The first images of the validation split, centre-cropped: uint8 (N, 3, H, W)."""
-    data = load_images(
-        config.dataset,
-        resolution=config.resolution,
-        split=config.validation_split,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        resize_ratio=config.resize_ratio,
-        resample=config.resample,
-        seed=config.seed,
-        strict=config.strict,
-        limit=config.num_validation_images,
-    )
+    try:
+        data = load_images(
+            config.dataset,
+            resolution=config.resolution,
+            split=config.validation_split,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            resize_ratio=config.resize_ratio,
+            resample=config.resample,
+            seed=config.seed,
+            strict=config.strict,
+            limit=config.num_validation_images,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"No validation images: {error}. Name another with --validation_split; 'train' shows training images."
+        ) from error
     return torch.stack([data[0, index]["pixels"] for index in range(len(data))])
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """A scheduler may signal all processes of a job; the main one still needs its workers to finish the step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def make_loader(dataset: Dataset, sampler: BlockSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:
@@ -152,6 +163,7 @@ def make_loader(dataset: Dataset, sampler: BlockSampler, *, num_workers: int, pi
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,
+        worker_init_fn=_ignore_sigterm,
         pin_memory=pin_memory,
         # The loader draws a base seed for its workers; an own generator keeps that away from the global one.
         generator=torch.Generator().manual_seed(sampler.seed),

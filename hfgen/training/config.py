@@ -58,7 +58,11 @@ class TrainingConfig:
     strict: bool = flag(False, "stop at an unreadable image instead of skipping and counting it", group="data")
     image_column: str | None = flag(None, "column with the images; by default the only one", group="data")
     label_column: str | None = flag(None, "column with the class; by default 'label' or the only one", group="data")
-    validation_split: str = flag("validation", "split or sub-folder with images that are not trained on", group="data")
+    validation_split: str = flag(
+        "validation",
+        "split or sub-folder with images that are not trained on; 'train' shows training images",
+        group="data",
+    )
     num_validation_images: int = flag(64, "images per validation", group="data")
     num_workers: int = flag(0, "data loading processes per training process", group="data")
 

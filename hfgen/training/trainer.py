@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import signal
 import time
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from hfgen.counters import counter_seed
+from hfgen.images import save_png
 from hfgen.training import schedules
 from hfgen.training.batches import BlockSampler, Draws, make_loader
 from hfgen.training.checkpoints import load_checkpoint, save_checkpoint, write_folder
@@ -166,11 +166,8 @@ class Trainer:
             optimizer.load_state_dict(state["optimizers"][name])
         self.scaler.load_state_dict(state["scaler"])
         self.window.load_state_dict(state["window"], self.device)
-        self.step, self.skipped_steps, self.skipped_images = (
-            state["step"],
-            state["skipped_steps"],
-            state["skipped_images"],
-        )
+        self.step = state["step"]
+        self.skipped_steps, self.skipped_images = state["skipped_steps"], state["skipped_images"]
         logger.info("Resumed %s.", checkpoint)
 
     # ------------------------------------------------------------------------------------------------------- loop
@@ -348,12 +345,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             with torch.no_grad():
                 result = self.task.validate(self._inference_modules(), self.step)
-            folder = self.output_dir / VALIDATION_FOLDER
-            folder.mkdir(exist_ok=True)
             for name, image in result.images.items():
-                temporary = folder / f"{name}.tmp"
-                image.save(temporary, format="PNG")
-                os.replace(temporary, folder / f"step-{self.step:07d}_{name}.png")
+                save_png(image, self.output_dir / VALIDATION_FOLDER / f"step-{self.step:07d}_{name}.png")
             metrics = {f"validation/{name}": float(value) for name, value in result.metrics.items()}
             if metrics:
                 self._write_record({"step": self.step, **metrics})

@@ -161,7 +161,7 @@ BINARY = {".safetensors", ".png", ".npz", ".pyc"}
 
 
 def text_files() -> list[Path]:
-    files = [path for path in ROOT.iterdir() if path.is_file()]
+    files = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]  # a file in a work tree
     for folder in FOLDERS:
         files.extend(path for path in (ROOT / folder).rglob("*") if path.is_file())
     return [path for path in files if path.suffix not in BINARY]

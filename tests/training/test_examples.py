@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from hfgen.training import parse_config
@@ -197,6 +199,34 @@ def test_perceptual_loss_without_weights_is_an_error(tmp_path):
     config = parse_config(module.Config, ["--output_dir", str(tmp_path), "--perceptual_weight", "1", *SMALL_TOKENIZER])
     with pytest.raises(ValueError, match="--perceptual_weight needs --perceptual_source"):
         module.MultiScaleVQVAETask(config)
+
+
+def _image_folder(folder: Path) -> Path:
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for index in range(4):
+            pixels = torch.randint(0, 256, (40, 50, 3), generator=torch.Generator().manual_seed(index))
+            Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / name / f"{index}.png")
+    (folder / "dog" / "broken.png").write_bytes(b"not an image")
+    return folder
+
+
+def test_own_images(tmp_path, monkeypatch):
+    """A folder per class; the unreadable file is counted, and with --strict it stops the run."""
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(History, "plot", lambda self: None)
+    module, images = _module("train_multiscale_vqvae"), _image_folder(tmp_path / "images")
+    arguments = [
+        "--output_dir", str(tmp_path / "run"), "--dataset", str(images), "--crop", "random", "--flip",
+        "--resize_ratio", "1.125", "--max_train_steps", "4", "--batch_size", "4", "--no_progress", *SMALL_TOKENIZER,
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="No validation images.*--validation_split; 'train' shows"):
+        _fit(module, arguments)
+    _fit(module, [*arguments, "--validation_split", "train"])
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert records[0]["skipped_images"] >= 1
+    with pytest.raises(ValueError, match="broken.png"):
+        _fit(module, [*arguments, "--validation_split", "train", "--strict", "--overwrite"])
 
 
 def test_cached_codes_need_data_without_augmentation(tokenizer_run, tmp_path, monkeypatch):

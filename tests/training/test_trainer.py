@@ -134,37 +134,52 @@ def test_launch_sets_mixed_precision(monkeypatch):
 
 
 _TWO_PROCESSES = """
-import importlib.util, pathlib, sys, torch
+import importlib.util, os, pathlib, signal, sys
 spec = importlib.util.spec_from_file_location("toy_conftest", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 sys.modules["toy_conftest"] = module
 spec.loader.exec_module(module)
 module.History.plot = lambda self: None
 toy = module.Toy
-for steps in (2, 4):
-    config = toy.config(
-        pathlib.Path(sys.argv[2]), batch_size=2, max_train_steps=steps, validation_steps=0, resume="latest"
-    )
-    trainer, task, finished = toy.fit(config, adversarial=True)
+
+def stop_second_rank(step, block):
+    if (step, block) == (1, 1):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def fit(**changes):
+    config = toy.config(pathlib.Path(sys.argv[2]), batch_size=2, max_train_steps=4, **changes)
+    trainer, task, finished = toy.fit(config, adversarial=True, on_step=stop_second_rank)
     assert trainer.accelerator.num_processes == 2
-    assert finished and len(task.batches) == 2
-weights = torch.cat([parameter.detach().flatten() for parameter in trainer.models["model"].parameters()])
-both = trainer.accelerator.gather(weights[None])
-assert both.shape[0] == 2 and torch.equal(both[0], both[1])
+    return trainer.step, finished, len(task.batches)
+
+assert fit() == (2, False, 2)
+assert fit(resume="latest") == (4, True, 2)
 """
 
 
-def test_two_processes(toy, tmp_path):
-    """gloo; checkpoint, validation and final model come from the main process, and no process waits for ever."""
+def test_two_processes_equal_one_with_accumulation(toy, tmp_path):
+    """Stopped by a signal to one of them and resumed. Only the order of sums and batch norm statistics differ."""
     script = tmp_path / "script.py"
     script.write_text(_TWO_PROCESSES)
-    folder = tmp_path / "run"
+    folder = tmp_path / "two"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
         str(script), str(Path(__file__).with_name("conftest.py")), str(folder),
     ]  # fmt: skip
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert (folder / "final" / "config.json").is_file() and (folder / "checkpoint-4").is_dir()
-    assert toy.records(folder)[-1]["step"] == 4
+
+    changes = {"batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 4}
+    trainer, _, _ = toy.fit(toy.config(tmp_path / "one", **changes), adversarial=True)
+    for name in ("model", "ema_model", "critic"):
+        loaded = toy.Model.from_pretrained(folder / "checkpoint-4" / name)
+        for expected, actual in zip(trainer._components()[name].parameters(), loaded.parameters(), strict=True):
+            assert torch.allclose(expected, actual, atol=1e-5), name
+    losses = [
+        [record["model/loss"] for record in toy.records(tmp_path / name) if "model/loss" in record]
+        for name in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert (folder / "final" / "config.json").is_file()
