@@ -5,9 +5,9 @@ background. An object has four independent, uniform attributes:
 
 ======  ==========================================  =====================================================
 shape   circle, square, triangle, cross             inscribed in a square of side ``2 * radius``
-colour  red, green, blue, yellow, magenta, cyan     every channel is "on" (200..250) or "off" (5..55)
-size    small, large                                radius 0.085..0.100 or 0.140..0.155 of the image's side
-cell    3 x 3, row-major                            centre of the cell, moved by at most 0.03 of the side
+colour  red, green, blue, yellow, magenta, cyan     every channel is "on" (210..240) or "off" (15..45)
+size    small, large                                radius 0.100..0.112 or 0.145..0.155 of the image's side
+cell    3 x 3, row-major                            centre of the cell, moved by at most 0.02 of the side
 ======  ==========================================  =====================================================
 
 An object never leaves its cell, so objects do not overlap and are never cut. Captions read ``"a small red circle at
@@ -44,11 +44,11 @@ SPLITS = {"single": 1, "double": 2}  # objects per image
 
 COLOUR_CHANNELS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
 CHANNEL_LEVELS = (30.0, 225.0)  # "off" and "on" of an object's channel, in 0..255
-COLOUR_JITTER = 25.0
+COLOUR_JITTER = 15.0
 BACKGROUND_RANGE = (64.0, 192.0)  # the grey level; every channel may differ from it by the tint
 BACKGROUND_TINT = 10.0
-RADIUS_RANGES = np.array([[0.085, 0.100], [0.140, 0.155]])
-POSITION_JITTER = 0.03
+RADIUS_RANGES = np.array([[0.100, 0.112], [0.145, 0.155]])
+POSITION_JITTER = 0.02
 
 _STREAM = 0x5348  # keeps these draws apart from other users of the same seed and index
 _DRAWS_PER_OBJECT = 10

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -20,12 +19,19 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tens
         top_p: then keep the smallest set of largest probabilities whose sum exceeds ``top_p`` (Holtzman et al.,
             arXiv 1904.09751); the largest always stays; 1 keeps all.
     """
-    rows = logits.flatten(0, -2)
-    if top_k > 0:
-        rows = TopKLogitsWarper(top_k)(None, rows)
+    num_codes = logits.shape[-1]
+    limited = 0 < top_k < num_codes
+    if not limited and top_p >= 1.0:
+        return logits
+    # The nucleus is found among the top-k alone: sorting them is much less work than sorting all codes.
+    largest = logits.topk(top_k if limited else num_codes, dim=-1, sorted=top_p < 1.0).values
+    threshold = largest.amin(dim=-1, keepdim=True)
     if top_p < 1.0:
-        rows = TopPLogitsWarper(top_p)(None, rows)
-    return rows.view_as(logits)
+        ascending = largest.flip(-1)
+        outside = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - top_p
+        outside[..., -1] = False
+        threshold = ascending.gather(-1, outside.sum(dim=-1, keepdim=True))
+    return logits.masked_fill(logits < threshold, -torch.inf)
 
 
 def exponential_draws(shape: Sequence[int], generator: Generators, device: torch.device | str) -> Tensor:

@@ -115,6 +115,9 @@ class TrainingConfig:
     logging_steps: int = flag(
         10, "write a line of log.jsonl (means since the last line) every N steps", group="output"
     )
+    final_dtype: Literal["float32", "float16", "bfloat16"] = flag(
+        "float32", "dtype of the weights in OUTPUT_DIR/final", group="output"
+    )
     progress: bool = flag(True, "show a progress bar", group="output")
     report_to: str | None = flag(
         None, "also send the log to an accelerate tracker, for example tensorboard or wandb", group="output"

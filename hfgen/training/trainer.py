@@ -84,7 +84,7 @@ class Trainer:
             signal.signal(signal.SIGTERM, previous_handler)
         if finished and self.accelerator.is_main_process:
             self.history.plot()
-            result = task.pipeline(self._inference_modules())
+            result = task.pipeline(self._inference_modules()).to(getattr(torch, self.config.final_dtype))
             write_folder(self.output_dir / FINAL_FOLDER, result.save_pretrained)
             logger.info("Saved %s; load it with from_pretrained.", self.output_dir / FINAL_FOLDER)
         self.accelerator.wait_for_everyone()

@@ -14,7 +14,8 @@ class KVCache:
 
     Args:
         num_layers, batch_size, max_length, num_heads, head_dim: sizes of the buffers
-            (num_layers, batch_size, max_length, num_heads, head_dim), one for keys and one for values.
+            (num_layers, batch_size, num_heads, max_length, head_dim), one for keys and one for values. The tokens of
+            a head lie together, which attention kernels read faster than heads side by side.
         dtype, device: of the buffers.
     """
 
@@ -29,7 +30,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ):
-        shape = (num_layers, batch_size, max_length, num_heads, head_dim)
+        shape = (num_layers, batch_size, num_heads, max_length, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
@@ -41,13 +42,13 @@ class KVCache:
             ValueError: the buffers are full.
         """
         end = self.length + key.shape[1]
-        if end > self.keys.shape[2]:
+        if end > self.keys.shape[3]:
             raise ValueError(
-                f"The cache holds {self.keys.shape[2]} tokens, but {end} are needed; create it with max_length={end}."
+                f"The cache holds {self.keys.shape[3]} tokens, but {end} are needed; create it with max_length={end}."
             )
-        self.keys[layer, :, self.length : end] = key
-        self.values[layer, :, self.length : end] = value
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
+        self.keys[layer, :, :, self.length : end] = key.transpose(1, 2)
+        self.values[layer, :, :, self.length : end] = value.transpose(1, 2)
+        return self.keys[layer, :, :, :end].transpose(1, 2), self.values[layer, :, :, :end].transpose(1, 2)
 
     def advance(self, num_tokens: int) -> None:
         """Count ``num_tokens`` as stored, after every layer has appended them."""
