@@ -48,7 +48,7 @@ setup(
         "pyyaml>=6",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
-        "torch>=2.8",
+        "torch>=2.9",
         "tqdm>=4.66",
         "transformers>=5.0",
     ],

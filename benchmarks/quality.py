@@ -77,8 +77,7 @@ def main() -> None:
 
     pipe = VARPipeline.from_pretrained(arguments.path or ZOO / arguments.name)
     pipe.set_progress_bar_config(disable=True)
-    side = pipe.transformer.patch_nums[-1] * pipe.vq_model.downsample_factor
-    data = load_images("shapes", resolution=side, split="test", limit=arguments.images)
+    data = load_images("shapes", resolution=pipe.vq_model.image_size, split="test", limit=arguments.images)
     results: dict = {"reconstruction": reconstruction(pipe, data, arguments.batch_size), "generation": {}}
     print(f"Reconstruction of {len(data)} unseen images:")
     for name, value in results["reconstruction"].items():

@@ -130,7 +130,9 @@ def main() -> None:
     if config.cache_codes:
         if config.flip or config.crop == "random":
             raise ValueError("--cache_codes keeps one version of each image: drop --flip and use --crop center.")
-        data = CachedCodes(data, tokenizer, device=trainer.device, batch_size=config.batch_size)
+        data = CachedCodes(
+            data, tokenizer, device=trainer.device, batch_size=config.batch_size, progress=config.progress
+        )
     trainer.fit(task, data)
 
 

@@ -145,7 +145,7 @@ class VARPipeline(DiffusionPipeline):
             Codes per scale, each (B, p_k^2), and the keep mask (B, 1, P, P) float.
         """
         pixels = _to_pixels(image)
-        side = self.transformer.patch_nums[-1] * self.vq_model.downsample_factor
+        side = self.vq_model.image_size
         if pixels.shape[-2:] != (side, side):
             raise ValueError(
                 f"The image to edit is {pixels.shape[-1]}x{pixels.shape[-2]} pixels, but the model makes "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from hfgen.data.transforms import to_pixels
 
@@ -19,12 +20,21 @@ class CachedCodes(Dataset):
         tokenizer: gives ``encode(pixels).codes``.
         device: where to encode.
         batch_size: images per encoding step.
+        progress: show a progress bar.
     """
 
-    def __init__(self, dataset: Dataset, tokenizer: nn.Module, *, device: torch.device, batch_size: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer: nn.Module,
+        *,
+        device: torch.device,
+        batch_size: int,
+        progress: bool = True,
+    ) -> None:
         tokenizer.to(device).eval()
         codes, labels = [], []
-        for first in range(0, len(dataset), batch_size):
+        for first in tqdm(range(0, len(dataset), batch_size), desc="codes", disable=not progress):
             items = [dataset[0, index] for index in range(first, min(first + batch_size, len(dataset)))]
             codes.append(self._encode(tokenizer, torch.stack([item["pixels"] for item in items]).to(device)))
             labels += [item["label"] for item in items]

@@ -46,6 +46,7 @@ def test_encode_and_decode_agree_with_forward():
 def test_sizes():
     model = build()
     assert (model.downsample_factor, model.num_tokens, model.codebook_size) == (4, 21, 32)
+    assert model.image_size == model.config.patch_nums[-1] * 4
     assert model.last_layer_weight is model.decoder.conv_out.weight
 
 

@@ -121,9 +121,9 @@ class VARBlock(nn.Module):
 
         normed = modulated_norm(hidden_states, scale_attn, shift_attn, self.norm_eps)
         attended = self.attn(normed, attention_mask, None if cache is None else cache.kv, layer)
-        hidden_states = hidden_states + drop_path(gate_attn * attended, self.drop_path, self.training)
+        hidden_states = torch.addcmul(hidden_states, gate_attn, drop_path(attended, self.drop_path, self.training))
         normed = modulated_norm(hidden_states, scale_ff, shift_ff, self.norm_eps)
-        return hidden_states + drop_path(gate_ff * self.ff(normed), self.drop_path, self.training)
+        return torch.addcmul(hidden_states, gate_ff, drop_path(self.ff(normed), self.drop_path, self.training))
 
 
 class VARTransformer(HFGenModel, AttentionMixin):

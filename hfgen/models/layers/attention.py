@@ -141,5 +141,6 @@ class CosineSelfAttention(SelfAttention):
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.log_scale.float().clamp(max=self.max_log_scale).exp()  # (H,)
-        query = F.normalize(query, dim=-1) * scale[:, None].to(query.dtype)
-        return query, F.normalize(key, dim=-1)
+        query_norm = query.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        # One pass over the queries instead of two: temperature and length are combined per head first.
+        return query * (scale[:, None] / query_norm).to(query.dtype), F.normalize(key, dim=-1)

@@ -109,6 +109,11 @@ class MultiScaleVQVAE(HFGenModel):
         return 2 ** (len(self.config.channel_multipliers) - 1)
 
     @property
+    def image_size(self) -> int:
+        """Side length of the images that the default ``patch_nums`` are for."""
+        return self.quantizer.sizes[-1][0] * self.downsample_factor
+
+    @property
     def codebook_size(self) -> int:
         """The number of codes."""
         return self.quantizer.codebook_size
