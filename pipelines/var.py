@@ -16,6 +16,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from hfgen.models.generators.var import VARTransformer
+from hfgen.models.modeling import PortableConfigMixin
 from hfgen.models.quantizers.multiscale import MultiScaleResidualQuantizer
 from hfgen.models.tokenizers.multiscale_vqvae import MultiScaleVQVAE
 from hfgen.pipelines.outputs import ImageGenerationOutput
@@ -27,7 +28,7 @@ ClassLabels = int | str | Sequence[int | str] | Tensor | None
 Images = PIL.Image.Image | Sequence[PIL.Image.Image] | Tensor
 
 
-class VARPipeline(DiffusionPipeline):
+class VARPipeline(PortableConfigMixin, DiffusionPipeline):
     """Class-conditional image generation by next-scale prediction.
 
     Args:

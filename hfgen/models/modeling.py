@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -74,7 +75,21 @@ class GeneratorOutput(BaseOutput):
     logits: Tensor
 
 
-class HFGenModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class PortableConfigMixin:
+    """Saves the configuration without the folder or repository that an object was loaded from.
+
+    It goes before ``ConfigMixin`` among the base classes. What is published should not name somebody's disk, and the
+    same model saved from two places should be the same files.
+    """
+
+    def to_json_string(self) -> str:
+        """The configuration as JSON."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+class HFGenModel(PortableConfigMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """A diffusers model that also loads official checkpoints and knows the published sizes.
 
     Subclasses take plain typed arguments under ``@register_to_config``. ``presets`` maps the name of a published size

@@ -51,6 +51,8 @@ def test_save_and_load(name, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert not loaded.training
+    loaded.save_config(tmp_path)
+    assert str(tmp_path) not in (tmp_path / "config.json").read_text()
     assert_same_weights(loaded, model)
     with torch.no_grad():
         inputs = MODELS[name].inputs(2)

@@ -13,8 +13,6 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from hfgen.models.layers.upsample import NearestUpsampleConv
-
 
 def vqgan_encoder(
     in_channels: int,
@@ -85,9 +83,6 @@ def vqgan_decoder(
         mid_block_add_attention=mid_block_attention,
     )
     _set_dropout(decoder, dropout)
-    for block in decoder.up_blocks:
-        if block.upsamplers is not None:
-            block.upsamplers = nn.ModuleList(NearestUpsampleConv(upsampler.conv) for upsampler in block.upsamplers)
     return decoder
 
 
