@@ -107,7 +107,7 @@ class VARBlock(nn.Module):
 
         Args:
             condition: (B, C) class embeddings, or (B, 6, C) when the modulation is shared; with a cache one row per
-                distinct class, read only at the first scale.
+                distinct class, read only while the cache has no modulation.
             attention_mask: boolean (1, 1, N, N), None attends everything.
             cache: the sampler's cache; ``layer`` is this block's index in it.
         """
@@ -305,7 +305,7 @@ class VARTransformer(HFGenModel, AttentionMixin):
             inputs = latents.flatten(2).transpose(1, 2).to(tables.dtype)  # (n, S, code_dim)
             hidden_states = (self.input_proj(inputs) + tables).repeat(len(cache.rows) // len(latents), 1, 1)
         block_condition = condition
-        if self.config.shared_modulation and scale == 0:
+        if self.config.shared_modulation and cache.modulations[0] is None:
             block_condition = self.modulation(condition)
         for layer, block in enumerate(self.blocks):
             hidden_states = block(hidden_states, block_condition, None, cache=cache, layer=layer)
