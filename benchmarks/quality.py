@@ -58,9 +58,10 @@ def generation(
         )
     pixels = torch.cat(images) * 2 - 1
     accuracy = judge_labels(pixels, labels)
-    right = judge_shapes(pixels).label == labels
+    reading = judge_shapes(pixels)
+    right = reading.label == labels
     accuracy["worst_class"] = min(right[labels == label].float().mean().item() for label in labels.unique())
-    return accuracy, diversity(judge_shapes(pixels))
+    return accuracy, diversity(reading)
 
 
 def main() -> None:

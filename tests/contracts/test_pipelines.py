@@ -37,6 +37,8 @@ def test_save_and_load(name, tmp_path):
     for argument in PIPELINES[name].arguments:
         assert loaded.config[argument] == pipeline.config[argument] is not None
     assert torch.equal(sample(loaded, name), sample(pipeline, name))
+    loaded.save_config(tmp_path)
+    assert str(tmp_path) not in (tmp_path / "model_index.json").read_text()
 
 
 def test_components_are_the_constructor_arguments(name):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from hfgen.counters import generator
 from hfgen.sampling.logits import exponential_draws, filter_logits, gumbel_softmax, sample_codes
@@ -23,6 +24,17 @@ def test_top_p_keeps_the_smallest_set_that_exceeds_the_mass():
     assert kept(filter_logits(logits, top_p=0.39)) == [False, False, False, True]
     assert kept(filter_logits(logits, top_p=0.65)) == [False, False, True, True]
     assert kept(filter_logits(logits, top_p=1e-6)) == [False, False, False, True]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.8), (20, 0.9), (60, 0.3), (200, 0.95)])
+def test_filters_equal_those_of_transformers(top_k, top_p):
+    logits = 3 * torch.randn(4, 6, 100, generator=generator(9))
+    expected = logits.flatten(0, 1)
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    assert torch.equal(filter_logits(logits, top_k=top_k, top_p=top_p).flatten(0, 1), expected)
 
 
 def test_filters_leave_their_input_alone():

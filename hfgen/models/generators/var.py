@@ -39,7 +39,7 @@ def _preset(depth: int, **changes: Any) -> dict[str, Any]:
 
 
 class VARCache:
-    """What the sampler keeps between the scales of one call: keys, values and each block's modulation.
+    """What the sampler keeps between the scales of one call: keys, values, and the modulations of blocks and head.
 
     The condition of an image is the same at every scale, so its modulation is computed once, and only once for all
     images of a class.
@@ -54,6 +54,7 @@ class VARCache:
         self.kv = kv
         self.rows = rows
         self.modulations: list[Tensor | None] = [None] * num_layers
+        self.head_modulation: Tensor | None = None
 
 
 class VARBlock(nn.Module):
@@ -310,12 +311,11 @@ class VARTransformer(HFGenModel, AttentionMixin):
         for layer, block in enumerate(self.blocks):
             hidden_states = block(hidden_states, block_condition, None, cache=cache, layer=layer)
         cache.kv.advance(self.scale_lengths[scale])
-        return self._logits(hidden_states[:num_logit_rows], condition, cache.rows[:num_logit_rows])
+        if cache.head_modulation is None:
+            cache.head_modulation = self.norm_out(condition)[cache.rows]
+        return self._logits(hidden_states[:num_logit_rows], cache.head_modulation[:num_logit_rows])
 
-    def _logits(self, hidden_states: Tensor, condition: Tensor, rows: Tensor | None = None) -> Tensor:
-        modulation = self.norm_out(condition)
-        if rows is not None:
-            modulation = modulation[rows]
+    def _logits(self, hidden_states: Tensor, modulation: Tensor) -> Tensor:
         scale, shift = modulation.unsqueeze(2).unbind(1)
         return self.proj_out(modulated_norm(hidden_states, scale, shift, self.config.norm_eps)).float()
 
@@ -354,7 +354,7 @@ class VARTransformer(HFGenModel, AttentionMixin):
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, block_condition, mask)
             else:
                 hidden_states = block(hidden_states, block_condition, mask)
-        logits = self._logits(hidden_states, condition)
+        logits = self._logits(hidden_states, self.norm_out(condition))
         if not return_dict:
             return (logits,)
         return GeneratorOutput(logits=logits)
