@@ -71,7 +71,8 @@ def test_var_script(tokenizer_run, tmp_path):
     from hfgen import VARPipeline
 
     arguments = ["--tokenizer", str(tokenizer_run / "final"), "--output_dir", str(tmp_path), "--cache_codes"]
-    _launch("train_var", *arguments, *TINY, "--num_layers", "1", "--attention_head_dim", "8", "--final_dtype", "float16")
+    model = ["--num_layers", "1", "--attention_head_dim", "8", "--final_dtype", "float16"]
+    _launch("train_var", *arguments, *TINY, *model)
     weights = load_file(tmp_path / "final" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     pipeline = VARPipeline.from_pretrained(tmp_path / "final")
