@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from hfgen import MultiScaleVQVAE
 from hfgen.data.transforms import to_pixels
 from hfgen.evaluation.reconstruction import reconstruction_metrics
-from hfgen.images import make_comparison
+from hfgen.images import make_comparison, make_grid
 from hfgen.losses.adversarial import adaptive_weight, hinge_discriminator_loss, linear_generator_loss
 from hfgen.losses.perceptual import LPIPS
 from hfgen.models.layers.discriminators import PatchDiscriminator
@@ -49,6 +49,7 @@ class Config(TrainingConfig):
     num_residual_convs: int = flag(4, "convolutions shared by the scales; 0 gives each scale its own")
     dropout: float = flag(0.0, "dropout in the residual blocks")
     restart_after: int = flag(0, "revive codes unused for N steps; 0 never")
+    quantizer_dropout: float = flag(0.0, "share of images decoded from a random number of scales")
 
     l1_weight: float = flag(0.2, "weight of mean |x - x'|")
     l2_weight: float = flag(1.0, "weight of mean (x - x')^2")
@@ -99,7 +100,8 @@ class MultiScaleVQVAETask(Task):
     def training_step(self, batch, draws):
         config = self.config
         pixels = to_pixels(batch["pixels"])
-        output = self.modules["tokenizer"](pixels)
+        num_scales = self.draw_num_scales(len(pixels), draws.generator()) if config.quantizer_dropout else None
+        output = self.modules["tokenizer"](pixels, num_scales=num_scales)
 
         l1 = F.l1_loss(output.sample, pixels)
         l2 = F.mse_loss(output.sample, pixels)
@@ -125,13 +127,24 @@ class MultiScaleVQVAETask(Task):
             fake = self.modules["discriminator"](output.sample.detach())
             yield "discriminator", hinge_discriminator_loss(real, fake), {"real": real.mean(), "fake": fake.mean()}
 
+    def draw_num_scales(self, count, generator):
+        num_scales = torch.full((count,), len(self.config.patch_nums), device=generator.device)
+        fewer = torch.randint(1, len(self.config.patch_nums), (count,), generator=generator, device=generator.device)
+        dropped = torch.rand(count, generator=generator, device=generator.device) < self.config.quantizer_dropout
+        return torch.where(dropped, fewer, num_scales)
+
     def validate(self, modules, step):
         tokenizer = modules["tokenizer"]
         pixels = self.validation_pixels.to(tokenizer.device)
         outputs = [tokenizer(part) for part in pixels.split(self.config.batch_size)]
         samples, codes = (torch.cat([output[name] for output in outputs]) for name in ("sample", "codes"))
         metrics = reconstruction_metrics(samples, pixels, codes=codes, num_codes=self.config.num_codes)
-        return Validation({"reconstructions": make_comparison(pixels[:32], samples[:32])}, metrics)
+        progressive = torch.stack(tokenizer.decode_codes_per_scale(codes[:8]), dim=1).flatten(0, 1)
+        pictures = {
+            "reconstructions": make_comparison(pixels[:32], samples[:32]),
+            "coarse_to_fine": make_grid(progressive, columns=len(self.config.patch_nums)),
+        }
+        return Validation(pictures, metrics)
 
     def pipeline(self, modules):
         return modules["tokenizer"]

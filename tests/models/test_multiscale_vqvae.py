@@ -172,3 +172,18 @@ def test_bad_input_is_named():
         build(norm_num_groups=3)
     with pytest.raises(ValueError, match="quant_conv_kernel_size=2"):
         build(quant_conv_kernel_size=2)
+
+
+def test_images_of_fewer_scales():
+    """Quantizer dropout: every image is decoded from as many scales as asked, codes and loss stay those of all."""
+    model, pixels = build().eval(), images(3)
+    with torch.no_grad():
+        everything = model(pixels)
+        output = model(pixels, num_scales=torch.tensor([1, 3, 2]))
+        progressive = model.decode_codes_per_scale(everything.codes)
+    assert torch.equal(output.codes, everything.codes) and torch.equal(output.loss, everything.loss)
+    for image, scales in enumerate((1, 3, 2)):
+        torch.testing.assert_close(output.sample[image], progressive[scales - 1][image])
+    model.train()
+    model(pixels, num_scales=torch.tensor([1, 1, 1])).sample.sum().backward()
+    assert model.encoder.conv_in.weight.grad.abs().sum() > 0

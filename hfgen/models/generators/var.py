@@ -23,6 +23,7 @@ from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from hfgen.models.layers.activations import TanhGELU
 from hfgen.models.layers.attention import CosineSelfAttention, SelfAttention
 from hfgen.models.layers.drop_path import drop_path
 from hfgen.models.layers.kv_cache import KVCache
@@ -89,7 +90,9 @@ class VARBlock(nn.Module):
             self.attn = SelfAttention(
                 hidden_size, num_heads, head_dim, key_bias=False, scale=0.25 / math.sqrt(head_dim)
             )
-        self.ff = FeedForward(hidden_size, inner_dim=round(hidden_size * mlp_ratio), activation_fn="gelu-approximate")
+        inner_dim = round(hidden_size * mlp_ratio)
+        self.ff = FeedForward(hidden_size, inner_dim=inner_dim, activation_fn="gelu-approximate")
+        self.ff.net[0] = TanhGELU(hidden_size, inner_dim)
         if shared_modulation:
             self.modulation_table = nn.Parameter(torch.randn(1, 6, hidden_size) / math.sqrt(hidden_size))
         else:

@@ -9,9 +9,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.resnet import ResnetBlock2D
-from torch import nn
+from torch import Tensor, nn
+
+
+class ConvResnetBlock(nn.Module):
+    """The residual block of VQGAN without time embedding: twice group norm, SiLU and a 3x3 conv.
+
+    Its parameters are those of diffusers' ``ResnetBlock2D``, whose place it takes. At full resolution every
+    extra buffer costs a CPU as much time as the activation itself: here activations and the sum are computed
+    in place, and there is no division by a constant 1.
+
+    Args:
+        in_channels, out_channels: of the block; a 1x1 conv in the shortcut where they differ.
+        norm_num_groups: groups of both normalisations.
+        dropout: before the second conv.
+        eps: of both normalisations.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, norm_num_groups: int, dropout: float, eps: float = 1e-6):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(norm_num_groups, out_channels, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, hidden_states: Tensor, temb: None = None) -> Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, H, W). ``temb`` is what the diffusers stacks pass: None."""
+        if hidden_states.device.type == "cpu":
+            # Attention leaves channels-last strides behind, which convs hand on and for which they would reorder
+            # their weights at every call.
+            hidden_states = hidden_states.contiguous(memory_format=_memory_format(self.conv1.weight))
+        branch = self.conv1(F.silu(self.norm1(hidden_states), inplace=True))
+        branch = self.conv2(self.dropout(F.silu(self.norm2(branch), inplace=True)))
+        if self.conv_shortcut is not None:
+            hidden_states = self.conv_shortcut(hidden_states)
+        return branch.add_(hidden_states)
+
+
+def _memory_format(weight: Tensor) -> torch.memory_format:
+    """The layout of activations that a user chose with ``model.to(memory_format=...)``."""
+    channels_last = weight.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def vqgan_encoder(
@@ -95,13 +139,10 @@ def _check_widths(block_out_channels: Sequence[int], norm_num_groups: int) -> No
 
 
 def _finish(stack: Encoder | Decoder, dropout: float) -> None:
-    """Set what the diffusers stacks have no argument for: dropout, and activations in place.
-
-    Each activation follows a normalisation whose output nothing else reads. At full resolution a second buffer of that
-    size costs a CPU as much time as the activation itself.
-    """
-    for block in stack.modules():
-        if isinstance(block, ResnetBlock2D):
-            block.dropout.p = dropout
-            block.nonlinearity = nn.SiLU(inplace=True)
+    """Put our residual blocks in place of those of diffusers, and compute the last activation in place too."""
+    for parent in list(stack.modules()):
+        for name, block in list(parent.named_children()):
+            if isinstance(block, ResnetBlock2D):
+                groups, eps = block.norm1.num_groups, block.norm1.eps
+                setattr(parent, name, ConvResnetBlock(block.in_channels, block.out_channels, groups, dropout, eps))
     stack.conv_act = nn.SiLU(inplace=True)

@@ -110,8 +110,16 @@ class MultiScaleResidualQuantizer(nn.Module):
         """L: the codes of one image over all scales."""
         return sum(height * width for height, width in self.sizes)
 
-    def forward(self, latents: Tensor, patch_nums: PatchNums | None = None) -> QuantizerOutput:
+    def forward(
+        self, latents: Tensor, patch_nums: PatchNums | None = None, *, num_scales: Tensor | None = None
+    ) -> QuantizerOutput:
         """Quantize features (B, code_dim, P, P).
+
+        Args:
+            num_scales: (B,) int64 in 1..number of scales, the scales that each image's ``latents`` sum up; by default
+                all. Random numbers make quantizer dropout (SoundStream, Zeghidour et al. 2021, arXiv 2107.03312,
+                section III-C), which teaches the coarse codes to stand on their own. ``codes`` and ``loss`` are always
+                those of all scales.
 
         Returns:
             ``latents`` f_hat in the dtype of the input, with straight-through gradients; ``codes`` (B, L); ``loss``
@@ -119,12 +127,13 @@ class MultiScaleResidualQuantizer(nn.Module):
         """
         sizes = self._sizes(patch_nums)
         features = latents.float()
-        codes, residuals = [], []
+        codes, residuals, sums = [], [], []
         commitment = codebook = features.new_zeros(())
         with full_float32(latents.device):
             for scale_codes, residual, f_hat in self._scales(features, sizes):
                 codes.append(scale_codes)
                 residuals.append(residual)
+                sums.append(f_hat)
                 commitment = commitment + F.mse_loss(features, f_hat.detach())
                 codebook = codebook + F.mse_loss(f_hat, features.detach())
         commitment = commitment * (self.commitment_weight / len(sizes))
@@ -132,6 +141,8 @@ class MultiScaleResidualQuantizer(nn.Module):
         codes = torch.cat(codes, dim=1)
         if self.training and self.restart is not None:
             self._restart_dead_codes(codes, torch.cat(residuals))
+        if num_scales is not None:
+            f_hat = torch.stack(sums)[num_scales - 1, torch.arange(len(features), device=features.device)]
         if features.requires_grad:
             quantized = features + (f_hat - features).detach()
         else:

@@ -53,7 +53,7 @@ class MultiScaleVQVAE(HFGenModel):
 
     _supports_gradient_checkpointing = True
     _supports_group_offloading = False  # samplers read the quantizer's weights outside of any forward
-    _no_split_modules = ["MultiScaleResidualQuantizer", "ResnetBlock2D", "Attention"]
+    _no_split_modules = ["MultiScaleResidualQuantizer", "ConvResnetBlock", "Attention"]
     _skip_layerwise_casting_patterns = ["quantizer", "norm"]
 
     presets = {
@@ -130,20 +130,29 @@ class MultiScaleVQVAE(HFGenModel):
 
     @apply_forward_hook
     def encode(
-        self, pixels: Tensor, patch_nums: PatchNums | None = None, *, return_dict: bool = True
+        self,
+        pixels: Tensor,
+        patch_nums: PatchNums | None = None,
+        *,
+        num_scales: Tensor | None = None,
+        return_dict: bool = True,
     ) -> TokenizerOutput | tuple:
         """Quantize images.
 
         Args:
             pixels: (B, 3, H, W) in [-1, 1], H and W equal to the last scale times ``downsample_factor``.
             patch_nums: the scales, by default the model's.
+            num_scales: (B,) int64, how many scales each image's ``latents`` sum up, by default all; random numbers
+                in training make quantizer dropout.
 
         Returns:
             ``latents`` (B, latent_channels, h, w), the quantized sum over scales, with straight-through gradients;
             ``codes`` (B, L) int64, scales concatenated coarse to fine; the quantizer's ``loss`` and ``losses``.
         """
         self._check_pixels(pixels, patch_nums)
-        quantized = self.quantizer(self.quant_conv(self.encoder(pixels.to(self.dtype))), patch_nums)
+        quantized = self.quantizer(
+            self.quant_conv(self.encoder(pixels.to(self.dtype))), patch_nums, num_scales=num_scales
+        )
         output = TokenizerOutput(quantized.latents, quantized.codes, quantized.loss, quantized.losses)
         return output if return_dict else output.to_tuple()
 
@@ -174,9 +183,15 @@ class MultiScaleVQVAE(HFGenModel):
         """Progressive images, one (B, 3, H, W) per scale: number k is decoded from the scales up to k."""
         return [self.decode(f_hat).sample for f_hat in self.quantizer.f_hat_per_scale(codes, patch_nums)]
 
-    def forward(self, pixels: Tensor, *, return_dict: bool = True) -> AutoencoderOutput | tuple:
-        """Reconstruct images: ``sample`` (B, 3, H, W), not clamped, beside everything that :meth:`encode` returns."""
-        encoded = self.encode(pixels)
+    def forward(
+        self, pixels: Tensor, *, num_scales: Tensor | None = None, return_dict: bool = True
+    ) -> AutoencoderOutput | tuple:
+        """Reconstruct images, from their first ``num_scales`` scales if given.
+
+        Returns:
+            ``sample`` (B, 3, H, W), not clamped, beside everything that :meth:`encode` returns.
+        """
+        encoded = self.encode(pixels, num_scales=num_scales)
         output = AutoencoderOutput(sample=self.decode(encoded.latents).sample, **encoded)
         return output if return_dict else output.to_tuple()
 
