@@ -19,6 +19,7 @@ from hfgen.images import make_comparison, make_grid
 from hfgen.losses.adversarial import adaptive_weight, hinge_discriminator_loss, linear_generator_loss
 from hfgen.losses.perceptual import LPIPS
 from hfgen.models.layers.discriminators import PatchDiscriminator
+from hfgen.models.quantizers.multiscale import draw_num_scales
 from hfgen.training import (
     Phase,
     Task,
@@ -82,9 +83,8 @@ class MultiScaleVQVAETask(Task):
             dropout=config.dropout,
             restart_after=config.restart_after,
         )
-        self.modules = {"tokenizer": model}
+        self.modules, self.averaged = {"tokenizer": model}, ("tokenizer",)
         self.phases = {"tokenizer": Phase(("tokenizer",), no_decay=("embedding",))}
-        self.averaged = ("tokenizer",)
         if config.perceptual_weight > 0:
             if config.perceptual_source is None:
                 raise ValueError("--perceptual_weight needs --perceptual_source: where the LPIPS weights are.")
@@ -100,13 +100,11 @@ class MultiScaleVQVAETask(Task):
     def training_step(self, batch, draws):
         config = self.config
         pixels = to_pixels(batch["pixels"])
-        num_scales = self.draw_num_scales(len(pixels), draws.generator()) if config.quantizer_dropout else None
+        num_scales = draw_num_scales(len(pixels), len(config.patch_nums), config.quantizer_dropout, draws.generator())
         output = self.modules["tokenizer"](pixels, num_scales=num_scales)
 
-        l1 = F.l1_loss(output.sample, pixels)
-        l2 = F.mse_loss(output.sample, pixels)
-        reconstruction = config.l1_weight * l1 + config.l2_weight * l2
-        log = {"l1": l1, "l2": l2, **output.losses}
+        log = {"l1": F.l1_loss(output.sample, pixels), "l2": F.mse_loss(output.sample, pixels), **output.losses}
+        reconstruction = config.l1_weight * log["l1"] + config.l2_weight * log["l2"]
         if config.perceptual_weight > 0:
             log["lpips"] = self.lpips(output.sample, pixels).mean()
             reconstruction = reconstruction + config.perceptual_weight * log["lpips"]
@@ -118,8 +116,8 @@ class MultiScaleVQVAETask(Task):
                 generator_loss = linear_generator_loss(discriminator(output.sample))
             last_layer = unwrap(self.modules["tokenizer"]).last_layer_weight
             weight = config.adversarial_weight * adaptive_weight(reconstruction, generator_loss, last_layer)
-            loss = loss + weight * generator_loss
             log |= {"generator": generator_loss, "adaptive_weight": weight}
+            loss = loss + weight * generator_loss
         yield "tokenizer", loss, log
 
         if adversarial:
@@ -127,24 +125,16 @@ class MultiScaleVQVAETask(Task):
             fake = self.modules["discriminator"](output.sample.detach())
             yield "discriminator", hinge_discriminator_loss(real, fake), {"real": real.mean(), "fake": fake.mean()}
 
-    def draw_num_scales(self, count, generator):
-        num_scales = torch.full((count,), len(self.config.patch_nums), device=generator.device)
-        fewer = torch.randint(1, len(self.config.patch_nums), (count,), generator=generator, device=generator.device)
-        dropped = torch.rand(count, generator=generator, device=generator.device) < self.config.quantizer_dropout
-        return torch.where(dropped, fewer, num_scales)
-
     def validate(self, modules, step):
         tokenizer = modules["tokenizer"]
         pixels = self.validation_pixels.to(tokenizer.device)
         outputs = [tokenizer(part) for part in pixels.split(self.config.batch_size)]
         samples, codes = (torch.cat([output[name] for output in outputs]) for name in ("sample", "codes"))
         metrics = reconstruction_metrics(samples, pixels, codes=codes, num_codes=self.config.num_codes)
-        progressive = torch.stack(tokenizer.decode_codes_per_scale(codes[:8]), dim=1).flatten(0, 1)
-        pictures = {
-            "reconstructions": make_comparison(pixels[:32], samples[:32]),
-            "coarse_to_fine": make_grid(progressive, columns=len(self.config.patch_nums)),
-        }
-        return Validation(pictures, metrics)
+        stages = torch.stack(tokenizer.decode_codes_per_scale(codes[:8]), dim=1)  # (8, scales, 3, H, W)
+        coarse_to_fine = make_grid(stages.flatten(0, 1), columns=stages.shape[1])
+        comparison = make_comparison(pixels[:32], samples[:32])
+        return Validation({"reconstructions": comparison, "coarse_to_fine": coarse_to_fine}, metrics)
 
     def pipeline(self, modules):
         return modules["tokenizer"]
@@ -153,8 +143,7 @@ class MultiScaleVQVAETask(Task):
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     config = parse_config(Config, description=__doc__)
-    trainer = Trainer(config)
-    trainer.fit(MultiScaleVQVAETask(config), training_images(config))
+    Trainer(config).fit(MultiScaleVQVAETask(config), training_images(config))
 
 
 if __name__ == "__main__":

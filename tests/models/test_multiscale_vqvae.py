@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hfgen.models.quantizers.multiscale import draw_num_scales
 from hfgen.models.tokenizers.multiscale_vqvae import MultiScaleVQVAE
 
 TINY = {
@@ -187,3 +188,10 @@ def test_images_of_fewer_scales():
     model.train()
     model(pixels, num_scales=torch.tensor([1, 1, 1])).sample.sum().backward()
     assert model.encoder.conv_in.weight.grad.abs().sum() > 0
+
+
+def test_quantizer_dropout_draws():
+    draws = [draw_num_scales(1000, 4, dropout, torch.Generator().manual_seed(0)) for dropout in (0.0, 0.5, 1.0)]
+    assert draws[0].unique().tolist() == [4]
+    assert draws[1].unique().tolist() == [1, 2, 3, 4] and 450 < (draws[1] < 4).sum() < 550
+    assert draws[2].unique().tolist() == [1, 2, 3]

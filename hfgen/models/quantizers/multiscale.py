@@ -43,6 +43,17 @@ def residual_conv_index(scale: int, num_scales: int, num_convs: int) -> int:
     return distances.index(min(distances))
 
 
+def draw_num_scales(batch_size: int, num_scales: int, dropout: float, generator: torch.Generator) -> Tensor:
+    """How many scales to keep of each image under quantizer dropout: (batch_size,) int64 on the generator's device.
+
+    With probability ``dropout`` a uniform number below ``num_scales``, else all of them.
+    """
+    device = generator.device
+    fewer = torch.randint(1, num_scales, (batch_size,), generator=generator, device=device)
+    dropped = torch.rand(batch_size, generator=generator, device=device) < dropout
+    return fewer.where(dropped, num_scales)
+
+
 class MultiScaleResidualQuantizer(nn.Module):
     """Residual quantization over a pyramid of code maps with one shared codebook.
 
