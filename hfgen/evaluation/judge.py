@@ -2,7 +2,8 @@
 
 The background is the median of the border. The pixels farthest from it give the object's colour, and with both the
 share of every pixel that the object covers. A window around the centroid of that coverage is compared with rendered
-objects of all shapes and radii. An object is ``found`` if the best one, painted on the background, explains more than
+objects of all shapes and of radii from below the smallest to above the largest: a generated object between the two
+sizes keeps its shape and counts as the nearer size. An object is ``found`` if the best one, painted on the background, explains more than
 half of the image's deviation from the background; noise and blank images have none.
 
 The steps work on one dominant object. More objects would be read one after another, each erased before the next.
@@ -32,6 +33,7 @@ from hfgen.data.transforms import to_pixels
 
 RESOLUTION = 32  # images of other sizes are resized to this
 WINDOW = 16  # pixels; a large object and its blurred rim fit in
+RADII = (0.09, 0.165, 16)  # first, last and number of the radii that are tried, as fractions of the side
 MIN_CONTRAST = 0.4  # distance of the object's colour from the background, in [-1, 1] units
 MIN_COVERAGE = 0.3  # less is noise or blur
 MIN_EXPLAINED = 0.5
@@ -194,13 +196,14 @@ def _templates() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     The offset is that from the middle of the object to its centroid, (x, y) in pixels; only triangles have one.
     """
-    radii = np.stack([np.linspace(*limits, 4) for limits in RADIUS_RANGES])  # (sizes, 4)
-    shape, size, step = (axis.reshape(-1) for axis in np.indices((len(SHAPES), *radii.shape)))
+    radii = np.linspace(*RADII)
+    shape, step = (axis.reshape(-1) for axis in np.indices((len(SHAPES), len(radii))))
+    size = np.abs(radii[step, None] - RADIUS_RANGES.mean(axis=1)).argmin(axis=1)
     places = 0.5 + (np.stack(np.indices((4, 4)), axis=-1).reshape(-1, 2) - 1.5) / 4 / RESOLUTION
     windows, offsets = [], []
     for place in places:
         middle = np.broadcast_to(place, (len(shape), 2))
-        alpha = torch.from_numpy(coverage(shape, middle, radii[size, step], RESOLUTION))
+        alpha = torch.from_numpy(coverage(shape, middle, radii[step], RESOLUTION))
         centre = centroid(alpha)
         windows.append(window(alpha, centre))
         offsets.append(centre - torch.from_numpy(middle * RESOLUTION).float())
