@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Mapping
@@ -13,10 +12,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
+
+from hfgen.conversion.flax_msgpack import read_flax
+from hfgen.models.untrusted import MAX_INDEX_BYTES, read_json_object
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
-SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+SUFFIXES = (".safetensors", *PICKLE_SUFFIXES, ".msgpack")
 _INDEX_SUFFIX = ".index.json"
+# Tensors may share memory, but not so much that a small file makes large copies. Small buffers are often expanded.
+_MAX_EXPANSION = 8
+_EXPANSION_ALLOWANCE = 64 * 2**20  # bytes
 
 
 def read_checkpoint(
@@ -25,13 +31,15 @@ def read_checkpoint(
     """The content of a checkpoint on the CPU.
 
     Args:
-        checkpoint: a ``.safetensors``, ``.pth``, ``.pt``, ``.ckpt`` or ``.bin`` file, the ``*.index.json`` of a
-            sharded one, a folder that holds exactly one of these, or a mapping, which is returned as it is.
+        checkpoint: a ``.safetensors``, ``.pth``, ``.pt``, ``.ckpt`` or ``.bin`` file, a flax ``.msgpack`` file (also
+            without a suffix), the ``*.index.json`` of a sharded one, a folder that holds exactly one of these, or a
+            mapping, which is returned as it is.
         allow_pickle: run the pickle program of a PyTorch file when it holds more than tensors and plain containers.
             Only for files that you trust as much as a program. Otherwise no code of the file is ever executed.
 
     Returns:
-        Tensors by name. A PyTorch file keeps its own nesting, such as a trainer's wrapper around the state dict.
+        Tensors by name. A PyTorch file keeps its own nesting, such as a trainer's wrapper around the state dict; the
+        names of a flax file are joined with dots.
         Tensors may be mapped from the file: clone those that must outlive it.
 
     Raises:
@@ -48,7 +56,7 @@ def read_checkpoint(
         path = _only_checkpoint(path)
     if path.name.endswith(_INDEX_SUFFIX):
         return _read_sharded(path, allow_pickle)
-    if path.suffix not in SUFFIXES:
+    if path.suffix not in (*SUFFIXES, ""):
         raise ValueError(f"{path} is not a checkpoint: its name must end in one of {', '.join(SUFFIXES)}.")
     return _read_file(path, allow_pickle)
 
@@ -70,7 +78,7 @@ def _only_checkpoint(folder: Path) -> Path:
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name to shard name of a shard index, with only plain file names beside the index as shards."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json_object(index, MAX_INDEX_BYTES)["weight_map"]
         shards = set(weight_map.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not a shard index with a 'weight_map': {error!r}.") from error
@@ -96,10 +104,31 @@ def _read_sharded(index: Path, allow_pickle: bool) -> dict[str, Any]:
 
 
 def _read_file(path: Path, allow_pickle: bool) -> dict[str, Any]:
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path, allow_pickle)
+    if path.suffix == ".safetensors":
+        content = _read_safetensors(path)
+    elif path.suffix in PICKLE_SUFFIXES:
+        content = _read_pickle(path, allow_pickle)
+    else:
+        content = read_flax(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected a state dict.")
+    claimed, size = _tensor_bytes(content), path.stat().st_size
+    if claimed > _MAX_EXPANSION * size + _EXPANSION_ALLOWANCE:
+        raise ValueError(f"{path} has {size:,} bytes, but copies of its tensors would take {claimed:,}.")
     return dict(content)
+
+
+def _tensor_bytes(content: Any) -> int:
+    """Bytes that copies of all tensors in nested containers take; an expanded tensor claims more than it stores."""
+    total, pending, seen = 0, [content], set()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Tensor):
+            total += value.numel() * value.element_size()
+        elif isinstance(value, (Mapping, list, tuple, set)) and id(value) not in seen:
+            seen.add(id(value))  # a pickle can hold a list inside itself
+            pending.extend(value.values() if isinstance(value, Mapping) else value)
+    return total
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -114,6 +143,8 @@ def _read_pickle(path: Path, allow_pickle: bool) -> Any:
         is_pickle = re.match(rb"\x80[\2-\5]", file.read(2)) is not None
     # Only the zip format of torch.save can be mapped; older files are read whole.
     mapped = zipfile.is_zipfile(path)
+    if mapped:
+        _check_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=mapped)
     except MemoryError:
@@ -129,6 +160,19 @@ def _read_pickle(path: Path, allow_pickle: bool) -> Any:
             f"{path} was not read: besides tensors it holds {refused}, and restoring that can run any code. If you "
             "trust the file, pass allow_pickle=True (on the command line --trust-pickle)."
         ) from error
+
+
+def _check_archive(path: Path) -> None:
+    """torch.save never compresses: a compressed member is a zip bomb, and mapped it would be read as garbage."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [member.filename for member in archive.infolist() if member.file_size != member.compress_size]
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(f"{path} is cut off or not a PyTorch checkpoint: {error}") from error
+    if packed:
+        raise ValueError(
+            f"{path} is not a checkpoint as torch.save writes it: {packed[0]} is compressed. Save it again with torch."
+        )
 
 
 def _refused(message: str, is_pickle: bool) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
+
+from hfgen.models.untrusted import MAX_CONFIG_BYTES, check_arguments, check_components, read_json_object
+from hfgen.publishing import PublishMixin
 
 
 @dataclass
@@ -88,8 +92,23 @@ class PortableConfigMixin:
         config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | PathLike) -> dict[str, Any]:
+        return read_json_object(json_file, MAX_CONFIG_BYTES)
 
-class HFGenModel(PortableConfigMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
+
+class PortablePipelineMixin(PortableConfigMixin):
+    """The same for a pipeline, before ``DiffusionPipeline``; what its index says of the components is checked."""
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | PathLike) -> dict[str, Any]:
+        index = super()._dict_from_json_file(json_file)
+        components, _ = cls._get_signature_keys(cls)
+        check_components(index, components)
+        return index
+
+
+class HFGenModel(PublishMixin, PortableConfigMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """A diffusers model that also loads official checkpoints and knows the published sizes.
 
     Subclasses take plain typed arguments under ``@register_to_config``. ``presets`` maps the name of a published size
@@ -108,6 +127,39 @@ class HFGenModel(PortableConfigMixin, ModelMixin, ConfigMixin, PeftAdapterMixin)
             known = ", ".join(cls.presets) or "none"
             raise ValueError(f"{cls.__name__} has no preset {name!r}; known are: {known}.")
         return cls(**cls.presets[name])
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any):
+        """As in diffusers, except that tensors which the checkpoint lacks are an error and not only a warning.
+
+        Raises:
+            OSError: a file is missing, damaged, or a pickle that holds more than tensors.
+            ValueError: the configuration or the checkpoint does not fit the class.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        # With output_loading_info the caller gets the list of them; a model on several devices may rest on the disk.
+        if not isinstance(loaded, tuple) and getattr(loaded, "hf_device_map", None) is None:
+            missing = [name for name, parameter in loaded.named_parameters() if parameter.is_meta]
+            if missing:
+                raise ValueError(
+                    f"The checkpoint in {str(pretrained_model_name_or_path)!r} lacks {len(missing)} tensors of its "
+                    f"{cls.__name__}, such as {missing[0]}: it belongs to another configuration or is incomplete."
+                )
+        return loaded
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
+        """As in diffusers, after the checks of :func:`hfgen.models.untrusted.check_arguments`.
+
+        Raises:
+            ValueError: an argument of a wrong type or size; the model does not fit into memory.
+        """
+        known = inspect.signature(cls.__init__).parameters
+        check_arguments(cls, {name: value for name, value in {**config, **kwargs}.items() if name in known})
+        try:
+            return super().from_config(config, return_unused_kwargs, **kwargs)
+        except (MemoryError, RuntimeError) as error:  # it could be built without memory, so this is the memory
+            raise ValueError(f"A {cls.__name__} of this configuration does not fit into memory: {error}") from error
 
     @classmethod
     def from_single_file(
