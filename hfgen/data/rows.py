@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import stat
 import struct
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import datasets
 import numpy as np
@@ -17,6 +19,10 @@ from PIL import Image, ImageOps
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = ("train", "validation", "val", "test")
+
+# By content, whatever the name says: Pillow has decoders that start other programs (EPS) or that few have looked at.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000")
+MAX_PIXELS = 89_000_000  # just below where Pillow begins to warn; decoding such an image takes a gigabyte
 
 Columns = tuple[str | None, str | None, str | None]  # image, caption, label; None: found by name or type
 
@@ -35,11 +41,17 @@ def decode_image(source: str | Path | bytes, name: str) -> Image.Image:
     give their first frame.
 
     Raises:
-        BrokenImageError: if ``name`` is no image, is cut off, cannot be opened, or has so many pixels that Pillow
-            takes it for a decompression bomb.
+        BrokenImageError: if ``name`` is no regular file or no image, is cut off, cannot be opened, or has more than
+            ``MAX_PIXELS`` pixels, of which a few kilobytes can hold any number.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+        if isinstance(source, bytes):
+            source = io.BytesIO(source)
+        elif not stat.S_ISREG(os.stat(source).st_mode):  # a named pipe would never end
+            raise ValueError("it is not a regular file")
+        with Image.open(source, formats=_FORMATS) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise ValueError(f"{opened.width} x {opened.height} pixels are more than {MAX_PIXELS:,}; shrink it")
             image = ImageOps.exif_transpose(opened)
             return _to_rgb(image)
     except _DECODING_ERRORS as error:
@@ -225,8 +237,12 @@ def _open_metadata(root: Path, columns: Columns) -> FolderRows:
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+            if not isinstance(rows[-1], dict):
+                raise ValueError(
+                    f"{path} line {number} is a {type(rows[-1]).__name__}: expected an object with fields"
+                )
     if not rows:
         raise ValueError(
             f'{path} is empty: expected lines such as {{"file_name": "a.png", "caption": "a red circle"}}'
@@ -243,13 +259,23 @@ def _open_metadata(root: Path, columns: Columns) -> FolderRows:
     class_names, labels = [], None
     if label_field:
         class_names, labels = _number_classes([row[label_field] for row in rows], f"{path} field {label_field!r}")
-    return FolderRows(root, [root / row[file_field] for row in rows], labels, class_names, captions)
+    files = [_file_inside(root, row[file_field], f"{path} row {number}") for number, row in enumerate(rows, start=1)]
+    return FolderRows(root, files, labels, class_names, captions)
 
 
-def open_hub(source: str, split: str, columns: Columns) -> HubRows:
+def _file_inside(root: Path, name: object, where: str) -> Path:
+    """``root / name``, which must not lead out of ``root``: somebody else may have written the list."""
+    if not isinstance(name, str) or PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+        raise ValueError(f"{where} names the file {name!r}: expected a path inside the folder {root}")
+    return root / name
+
+
+def open_hub(
+    source: str, split: str, columns: Columns, config_name: str | None = None, revision: str | None = None
+) -> HubRows:
     """Opens a data set with ``datasets.load_dataset``."""
     try:
-        data = datasets.load_dataset(source, split=split)
+        data = datasets.load_dataset(source, config_name, split=split, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"image source {source!r} with split {split!r} cannot be opened: expected 'shapes', a local folder, or "

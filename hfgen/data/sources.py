@@ -1,26 +1,29 @@
-"""Training images by name: the built-in shapes, a local folder, or a data set of the Hub.
+"""Training images by name: the built-in shapes, a local folder, a data set of the Hub, or tar files.
 
-All of them become map-style data sets whose items are a function of ``(seed, epoch, index)``, so that a run can be
-continued exactly and data loading workers need no random state.
+The first three become map-style data sets whose items are a function of ``(seed, epoch, index)``, the last a stream
+whose items are a function of ``(seed, lane, position)``, so that a run can be continued exactly and data loading
+workers need no random state.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from hfgen.counters import counter_seed, numpy_generator
-from hfgen.data import transforms
+from hfgen.counters import counter_seed
+from hfgen.data.augmentation import Augmentation
 from hfgen.data.rows import BrokenImageError, FolderRows, HubRows, decode_image, open_folder, open_hub
 from hfgen.data.shapes import SPLITS as SHAPES_KINDS
 from hfgen.data.shapes import ShapesData
+from hfgen.data.shards import is_tar_source
+from hfgen.data.tar_stream import TarImages
 
 logger = logging.getLogger(__name__)
 
-CROPS = ("center", "random", "adm")
 SHAPES_IMAGES = 20000
 SHAPES_SPLITS = ("train", "validation", "test")
 
@@ -40,7 +43,11 @@ def load_images(
     seed: int = 0,
     strict: bool = False,
     limit: int | None = None,
-) -> ShapesData | ImageData:
+    config_name: str | None = None,
+    revision: str | None = None,
+    num_classes: int | None = None,
+    shuffle_buffer: int = 1000,
+) -> ShapesData | ImageData | TarImages:
     """Training images of ``resolution`` x ``resolution`` pixels, see :class:`ImageData` for the items.
 
     Args:
@@ -52,48 +59,57 @@ def load_images(
             - a local folder with ``metadata.jsonl`` (rows with ``file_name`` and, if wanted, a caption and a label),
               with one folder of images per class, or with images alone; ``split`` chooses the folder of that name
               if there is one. Folders written by ``Dataset.save_to_disk`` and folders of parquet files work as well;
-            - the id of a data set on the Hub, read with ``datasets.load_dataset``.
+            - the id of a data set on the Hub, read with ``datasets.load_dataset``;
+            - tar files, streamed: a folder of them or ``"path/{000..099}.tar"``, ``"path/*.tar"``,
+              ``"hf://datasets/USER/NAME/*.tar"``, ``"https://..."``, see :class:`TarImages`.
         image_column, caption_column, label_column: columns of a data set, or fields of ``metadata.jsonl``. By default
             the only image column; ``caption`` or ``text``; ``label`` or the only ``ClassLabel``.
-        crop: ``"center"`` or ``"random"``, after resizing the shorter side to ``round(resize_ratio * resolution)``
-            with ``resample``; or ``"adm"``, the centre crop of ADM, which has its own filters.
-        flip: mirror half of the images.
-        resize_ratio: at least 1; VAR uses 1.125.
+        crop, flip, resize_ratio, resample: see :class:`Augmentation`.
         strict: an unreadable image is an error instead of a warning.
-        limit: use the first ``limit`` images only.
+        limit: use the first ``limit`` images only; not for streams.
+        config_name, revision: of a data set on the Hub.
+        num_classes, shuffle_buffer: of streams.
 
     Raises:
-        ValueError: for an unknown source, split, column, crop or filter and for a folder without images.
+        ValueError: for an unknown source, split, column, crop or filter, for a folder without images, and for an
+            option that the source does not have.
     """
-    if crop not in CROPS:
-        raise ValueError(f"crop {crop!r} is unknown: use one of {list(CROPS)}")
-    if resample not in transforms.RESAMPLING:
-        raise ValueError(f"resample {resample!r} is unknown: use one of {sorted(transforms.RESAMPLING)}")
-    if resize_ratio < 1 or (crop == "adm" and resize_ratio != 1):
-        raise ValueError(f'resize_ratio is {resize_ratio}: it must be at least 1, and exactly 1 with crop="adm"')
+    augmentation = Augmentation(resolution, crop, flip, resize_ratio, resample, seed)
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: use at least 1, or None for all images")
 
     if source == "shapes" or source.startswith("shapes:"):
+        _reject(source, config_name=config_name, revision=revision, num_classes=num_classes)
         return _load_shapes(source, resolution, split, flip, seed, limit)
+    if is_tar_source(source):
+        _reject(source, config_name=config_name, revision=revision, limit=limit)
+        return TarImages(
+            source,
+            augmentation,
+            split=split,
+            image_column=image_column,
+            caption_column=caption_column,
+            label_column=label_column,
+            num_classes=num_classes,
+            shuffle_buffer=shuffle_buffer,
+            strict=strict,
+        )
     columns = (image_column, caption_column, label_column)
+    _reject(source, num_classes=num_classes)
     if Path(source).expanduser().is_dir():
+        _reject(source, config_name=config_name, revision=revision)
         rows = open_folder(Path(source).expanduser(), split, columns)
     elif source.startswith(("/", "./", "../", "~")):
         raise ValueError(f"image source {source!r} is not a folder: check the path")
     else:
-        rows = open_hub(source, split, columns)
-    return ImageData(
-        rows,
-        resolution=resolution,
-        crop=crop,
-        flip=flip,
-        resize_ratio=resize_ratio,
-        resample=resample,
-        seed=seed,
-        strict=strict,
-        limit=limit,
-    )
+        rows = open_hub(source, split, columns, config_name, revision)
+    return ImageData(rows, augmentation, strict=strict, limit=limit)
+
+
+def _reject(source: str, **options: str | int | None) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name} is {value!r}, but the image source {source!r} has no such option: leave it out")
 
 
 class ImageData(torch.utils.data.Dataset):
@@ -114,19 +130,12 @@ class ImageData(torch.utils.data.Dataset):
     def __init__(
         self,
         rows: FolderRows | HubRows,
+        augmentation: Augmentation,
         *,
-        resolution: int,
-        crop: str = "center",
-        flip: bool = False,
-        resize_ratio: float = 1.0,
-        resample: str = "lanczos",
-        seed: int = 0,
         strict: bool = False,
         limit: int | None = None,
     ):
-        self.rows, self.resolution, self.seed = rows, resolution, seed
-        self.crop, self.flip, self.resize_ratio, self.resample = crop, flip, resize_ratio, resample
-        self.strict = strict
+        self.rows, self.augmentation, self.strict = rows, augmentation, strict
         self.length = len(rows) if limit is None else min(limit, len(rows))
         self.class_names = rows.class_names
         self.has_captions = rows.has_captions
@@ -151,7 +160,7 @@ class ImageData(torch.utils.data.Dataset):
             raise IndexError(f"index {requested} is outside of 0..{self.length - 1}")
         index, image, skipped = self._next_readable(requested)
         item = {
-            "pixels": transforms.to_tensor(self._transform(image, epoch, requested)),
+            "pixels": self.augmentation(image, epoch, requested),
             "label": self.rows.label(index),
             "index": index,
             "skipped": skipped,
@@ -159,6 +168,14 @@ class ImageData(torch.utils.data.Dataset):
         if self.has_captions:
             item["caption"] = self.rows.caption(index)
         return item
+
+    def captions(self) -> Iterator[str]:
+        """Every caption once, in order; no image is decoded."""
+        if not self.has_captions:
+            raise ValueError(
+                f"{self.rows.name} has no captions: add them to metadata.jsonl, or name the caption column"
+            )
+        return (self.rows.caption(index) for index in range(self.length))
 
     def _next_readable(self, requested: int) -> tuple[int, Image.Image, tuple[str, ...]]:
         skipped = []
@@ -177,19 +194,6 @@ class ImageData(torch.utils.data.Dataset):
             f"none of the {self.length} images of {self.rows.name} can be read; the first one is {skipped[0]}: check "
             "that these are image files"
         )
-
-    def _transform(self, image: Image.Image, epoch: int, index: int) -> Image.Image:
-        # All draws are made whatever the options are: switching flips on does not move the crops.
-        horizontal, vertical, mirror = numpy_generator(self.seed, epoch, index).random(3)
-        if self.crop == "adm":
-            image = transforms.adm_center_crop(image, self.resolution)
-        else:
-            image = transforms.resize_shorter_side(image, round(self.resize_ratio * self.resolution), self.resample)
-            if self.crop == "random":
-                image = transforms.random_crop(image, self.resolution, (horizontal, vertical))
-            else:
-                image = transforms.center_crop(image, self.resolution)
-        return transforms.horizontal_flip(image) if self.flip and mirror < 0.5 else image
 
 
 def _load_shapes(source: str, resolution: int, split: str, flip: bool, seed: int, limit: int | None) -> ShapesData:

@@ -196,7 +196,7 @@ def hub_data():
 
 
 def test_hub_data_sets(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda source, split: hub_data())
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, *args, **kwargs: hub_data())
     data = load_images("user/name", resolution=16)
     assert data.class_names == ["x", "y"] and [data[k]["label"] for k in range(3)] == [1, 0, 1]
     assert [data[k]["caption"] for k in range(3)] == ["a", "", "c"]
@@ -209,6 +209,34 @@ def test_hub_data_sets(monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             load_images("user/name", resolution=16, **options)
+
+
+def test_configuration_and_revision_reach_the_hub(monkeypatch, class_folder):
+    asked = []
+
+    def load_dataset(source, *arguments, **options):
+        asked.append((source, *arguments, options))
+        return hub_data()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    load_images("user/name", resolution=16, config_name="large", revision="v2")
+    assert asked == [("user/name", "large", {"split": "train", "revision": "v2"})]
+    for options in ({"config_name": "large"}, {"revision": "v2"}, {"num_classes": 2}):
+        for source in (str(class_folder), "shapes"):
+            with pytest.raises(ValueError, match=f"{next(iter(options))} is .*has no such option: leave it out"):
+                load_images(source, resolution=16, **options)
+
+
+def test_captions_are_read_without_images(tmp_path, class_folder):
+    rows = [{"file_name": f"{k}.png", "caption": text} for k, text in enumerate(["one", "two", ""])]
+    folder = tmp_path / "captions"
+    folder.mkdir()
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert list(load_images(str(folder), resolution=16).captions()) == ["one", "two", ""]
+    (folder / "metadata.jsonl").unlink()
+    folder.rmdir()
+    with pytest.raises(ValueError, match="has no captions: add them to metadata.jsonl"):
+        load_images(str(class_folder), resolution=16).captions()
 
 
 def test_saved_data_sets_and_parquet_folders(tmp_path, monkeypatch):
@@ -226,7 +254,7 @@ def test_broken_rows_of_data_sets(monkeypatch):
     good = hub_data().cast_column("picture", datasets.Image(decode=False))[0]["picture"]
     features = datasets.Features({"image": datasets.Image()})
     rows = datasets.Dataset.from_dict({"image": [*values, good]}, features=features)
-    monkeypatch.setattr(datasets, "load_dataset", lambda source, split: rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, *args, **kwargs: rows)
     item = load_images("user/name", resolution=16)[0]
     assert item["index"] == 3
     assert item["skipped"] == tuple(f"the data set user/name row {k}" for k in range(3))
