@@ -2,6 +2,9 @@
 
     accelerate launch examples/train_var.py --tokenizer runs/tokenizer/final --output_dir runs/var
 
+It trains on images, or on a cache of their codes: --cache DIR takes one that examples/cache_tokens.py wrote, and
+--cache_codes writes one on the way.
+
 The defaults train a small model on the built-in shapes. The result is the pipeline folder OUTPUT_DIR/final, for
 VARPipeline.from_pretrained.
 """
@@ -14,40 +17,35 @@ from torch.nn import functional as F
 
 from hfgen import MultiScaleVQVAE, VARPipeline, VARTransformer
 from hfgen.counters import generator
-from hfgen.data.transforms import to_pixels
 from hfgen.evaluation.judge import judge_labels
 from hfgen.images import make_grid
 from hfgen.training import (
-    REQUIRED,
-    CachedCodes,
     Phase,
     Task,
+    TokenTrainingConfig,
     Trainer,
-    TrainingConfig,
     Validation,
+    batch_codes,
     flag,
     parse_config,
-    training_images,
+    training_tokens,
 )
 
 NO_DECAY = ("position_embed", "start_embed", "scale_embed", "modulation_table")  # as in the official trainer
 
 
 @dataclass(kw_only=True)
-class Config(TrainingConfig):
+class Config(TokenTrainingConfig):
     learning_rate: float = flag(5e-4, "peak learning rate", group="optimisation")
     weight_decay: float = flag(0.05, "decoupled weight decay of matrices", group="optimisation")
     max_grad_norm: float = flag(2.0, "gradients are scaled down to this norm; 0: no clipping", group="optimisation")
 
-    tokenizer: str = flag(REQUIRED, "folder or Hub id of the trained MultiScaleVQVAE; it stays as it is")
-    cache_codes: bool = flag(False, "compute the codes of all images once, before training; for data without flips")
     num_layers: int = flag(4, "transformer blocks")
     num_attention_heads: int = flag(4, "attention heads")
     attention_head_dim: int = flag(32, "width of a head; the model's width is heads x this")
     shared_modulation: bool = flag(False, "one modulation layer for all blocks (the 512-pixel model)")
     drop_path: float = flag(0.0, "stochastic depth of the last block")
     gate_gain: float = flag(1e-3, "initial size of the residual gates")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
     class_dropout: float = flag(0.1, "probability of training an image without its label, for guidance")
     label_smoothing: float = flag(0.0, "label smoothing of the cross entropy")
     validation_guidance_scale: float = flag(2.5, "guidance of the validation samples")
@@ -71,15 +69,13 @@ class VARTask(Task):
             drop_path=config.drop_path,
         )
         model.init_weights(config.gate_gain)
-        if config.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
         self.modules = {"transformer": model}
         self.phases = {"transformer": Phase(("transformer",), no_decay=NO_DECAY)}
         self.averaged = ("transformer",)
 
     def training_step(self, batch, draws):
         with torch.no_grad():
-            codes = batch["codes"] if "codes" in batch else self.tokenizer.encode(to_pixels(batch["pixels"])).codes
+            codes = batch_codes(batch, self.tokenizer)
             inputs = self.tokenizer.quantizer.generator_inputs(codes)  # (B, L - p_1^2, C): the true images so far
         labels = batch["label"]
         dropped = (
@@ -125,15 +121,8 @@ def main() -> None:
     config = parse_config(Config, description=__doc__)
     trainer = Trainer(config)
     tokenizer = MultiScaleVQVAE.from_pretrained(config.tokenizer)
-    data = training_images(config)
-    task = VARTask(config, tokenizer, data.num_classes, list(data.class_names))
-    if config.cache_codes:
-        if config.flip or config.crop == "random":
-            raise ValueError("--cache_codes keeps one version of each image: drop --flip and use --crop center.")
-        data = CachedCodes(
-            data, tokenizer, device=trainer.device, batch_size=config.batch_size, progress=config.progress
-        )
-    trainer.fit(task, data)
+    data = training_tokens(config, tokenizer, trainer)
+    trainer.fit(VARTask(config, tokenizer, data.num_classes, data.class_names), data)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hfgen.counters import counter_seed, generator, numpy_generator
-from hfgen.data.sources import load_images
+from hfgen.data.shapes import ShapesData
+from hfgen.data.sources import ImageData, load_images
+from hfgen.data.tar_stream import TarImages
 from hfgen.training.config import TrainingConfig
+from hfgen.training.streams import LaneItems, StreamSampler
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,12 @@ class Draws:
 
     def seed_global(self) -> None:
         """Seed torch's global generators, which dropout layers draw from."""
-        torch.manual_seed(counter_seed(self.seed, self.step, self.block))
+        seed = counter_seed(self.seed, self.step, self.block)
+        if self.device.type == "cpu":
+            # torch.manual_seed also queues the seed, with a stack trace, for GPUs that are not in use.
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
 
 
 class BlockSampler(Sampler[list[tuple[int, int]]]):
@@ -83,6 +92,9 @@ class BlockSampler(Sampler[list[tuple[int, int]]]):
     def steps_per_epoch(self) -> int:
         return self.length // self.global_batch
 
+    def describe(self) -> str:
+        return f"{self.length} items, global batch {self.global_batch}, {self.steps_per_epoch} steps per epoch"
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step = self.start_step
         permuted_epoch = permutation = None
@@ -112,43 +124,46 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def training_images(config: TrainingConfig) -> Dataset:
-    """The images that a run trains on: uint8, a function of (seed, epoch, index)."""
-    return load_images(
-        config.dataset,
-        resolution=config.resolution,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        crop=config.crop,
-        flip=config.flip,
-        resize_ratio=config.resize_ratio,
-        resample=config.resample,
-        seed=config.seed,
-        strict=config.strict,
-        limit=config.limit,
-    )
+def training_images(config: TrainingConfig) -> ShapesData | ImageData | TarImages:
+    """The images that a run trains on: uint8, a function of (seed, epoch, index), or a stream of tar files."""
+    return _load(config, split="train", crop=config.crop, flip=config.flip, limit=config.limit)
 
 
 def validation_images(config: TrainingConfig) -> Tensor:
     """The first images of the validation split, centre-cropped: uint8 (N, 3, H, W)."""
+    count = config.num_validation_images
     try:
-        data = load_images(
-            config.dataset,
-            resolution=config.resolution,
-            split=config.validation_split,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            resize_ratio=config.resize_ratio,
-            resample=config.resample,
-            seed=config.seed,
-            strict=config.strict,
-            limit=config.num_validation_images,
-        )
+        data = _load(config, split=config.validation_split, crop="center", flip=False, limit=None)
     except ValueError as error:
         raise ValueError(
             f"No validation images: {error}. Name another with --validation_split; 'train' shows training images."
         ) from error
-    return torch.stack([data[0, index]["pixels"] for index in range(len(data))])
+    items = iter(data) if isinstance(data, TarImages) else (data[0, index] for index in range(min(count, len(data))))
+    return torch.stack([item["pixels"] for item in islice(items, count)])
+
+
+def _load(
+    config: TrainingConfig, *, split: str, crop: str, flip: bool, limit: int | None
+) -> ShapesData | ImageData | TarImages:
+    return load_images(
+        config.dataset,
+        resolution=config.resolution,
+        split=split,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        label_column=config.label_column,
+        crop=crop,
+        flip=flip,
+        resize_ratio=config.resize_ratio,
+        resample=config.resample,
+        seed=config.seed,
+        strict=config.strict,
+        limit=limit,
+        config_name=config.dataset_config_name,
+        revision=config.dataset_revision,
+        num_classes=config.num_classes,
+        shuffle_buffer=config.shuffle_buffer,
+    )
 
 
 def _ignore_sigterm(worker: int) -> None:
@@ -156,11 +171,26 @@ def _ignore_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def make_loader(dataset: Dataset, sampler: BlockSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:
+def make_sampler(
+    dataset: Dataset, config: TrainingConfig, *, rank: int, world_size: int
+) -> BlockSampler | StreamSampler:
+    """Which items process ``rank`` of ``world_size`` reads."""
+    shares = {"accumulation": config.gradient_accumulation_steps, "rank": rank, "world_size": world_size}
+    if isinstance(dataset, TarImages):
+        return StreamSampler(dataset, config.batch_size, num_workers=config.num_workers, seed=config.seed, **shares)
+    return BlockSampler(len(dataset), config.batch_size, seed=config.seed, **shares)
+
+
+def make_loader(
+    dataset: Dataset, sampler: BlockSampler | StreamSampler, *, num_workers: int, pin_memory: bool
+) -> DataLoader:
     """The loader of one process. Accelerate must not prepare it: the sampler already deals the processes' shares."""
+    if isinstance(sampler, StreamSampler):
+        batches = {"dataset": LaneItems(sampler), "batch_size": sampler.batch_size}
+    else:
+        batches = {"dataset": dataset, "batch_sampler": sampler}
     return DataLoader(
-        dataset,
-        batch_sampler=sampler,
+        **batches,
         collate_fn=collate,
         num_workers=num_workers,
         worker_init_fn=_ignore_sigterm,

@@ -1,7 +1,8 @@
 """Checkpoint folders that are either complete or ignored.
 
 Everything is written into ``checkpoint-N.tmp``, flushed to the disk and renamed to ``checkpoint-N``. A process that
-dies before the rename leaves only a ``.tmp`` folder, which the next save removes.
+dies before the rename leaves only a ``.tmp`` folder, which the next save removes. A folder that is replaced or deleted
+is first renamed, too, so that at no moment half of one has the name of a checkpoint.
 
     checkpoint-N/<component>/       config.json and weights, loadable with from_pretrained
     checkpoint-N/ema_<component>/   the averaged weights, likewise
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.pt"
 TEMPORARY_SUFFIX = ".tmp"
+REPLACED_SUFFIX = ".old.tmp"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -52,7 +55,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    replaced = target.with_name(target.name + ".old" + TEMPORARY_SUFFIX)
+    replaced = target.with_name(target.name + REPLACED_SUFFIX)
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
@@ -63,6 +66,21 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _remove_folder(folder: Path) -> None:
+    """Delete a folder that nobody may find half deleted."""
+    doomed = folder.with_name(folder.name + TEMPORARY_SUFFIX)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def restore_replaced(output_dir: Path) -> None:
+    """Give back their names to folders whose replacement was interrupted between its two renames."""
+    for replaced in output_dir.glob(f"*{REPLACED_SUFFIX}"):
+        target = replaced.with_name(replaced.name.removesuffix(REPLACED_SUFFIX))
+        if not target.exists():
+            replaced.rename(target)
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
@@ -122,12 +140,22 @@ def save_checkpoint(
         ) from error
     if total_limit is not None:
         for _, folder in list_checkpoints(output_dir)[:-total_limit]:
-            shutil.rmtree(folder)
+            _remove_folder(folder)
     return target
 
 
-def load_checkpoint(folder: Path, components: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Load weights into ``components`` in place and return the training state."""
+def load_weights(module: nn.Module, folder: Path) -> None:
+    """Load into ``module``, in place, what its ``save_pretrained`` wrote."""
+    module.load_state_dict(type(module).from_pretrained(folder).state_dict())
+
+
+def load_checkpoint(
+    folder: Path,
+    components: Mapping[str, nn.Module],
+    *,
+    load: Callable[[nn.Module, Path], None] = load_weights,
+) -> dict[str, Any]:
+    """Load weights into ``components`` in place, by ``load(module, folder)``, and return the training state."""
     for name, module in components.items():
         path = folder / name
         if not path.is_dir():
@@ -136,5 +164,13 @@ def load_checkpoint(folder: Path, components: Mapping[str, nn.Module]) -> dict[s
                 f"{folder} has no {name!r}, only {present}. It was written with other settings (for example another "
                 "--ema_decay); resume with those of its run, recorded in training_config.json."
             )
-        module.load_state_dict(type(module).from_pretrained(path).state_dict())
-    return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        load(module, path)
+    path = folder / STATE_FILE
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0]
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors and plain values and was therefore not read: {reason} "
+            "Resume from another checkpoint."
+        ) from error

@@ -45,10 +45,27 @@ class TrainingConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
         None, "autocast dtype of the forward passes; by default what `accelerate launch` was told", group="run"
     )
+    gradient_checkpointing: bool = flag(
+        False, "recompute activations in the backward pass: less memory, slower", group="run"
+    )
+    compile: bool = flag(
+        False, "compile the repeated blocks of the models: faster on a GPU after a start of minutes", group="run"
+    )
+    sharding: Literal["none", "fsdp"] = flag(
+        "none",
+        "fsdp slices weights, gradients, averages and optimizer states over the processes (FSDP2), for models that do "
+        "not fit on a GPU; an FSDP configuration of `accelerate launch` switches it on too, a DeepSpeed one ZeRO-2",
+        group="run",
+    )
 
     dataset: str = flag(
-        "shapes", "'shapes' (built in), a folder of images, or the Hub id of an image data set", group="data"
+        "shapes",
+        "'shapes' (built in), a folder of images, the Hub id of an image data set, or tar files to stream: their "
+        "folder, path/{000..099}.tar, hf://datasets/USER/NAME/*.tar, https://...",
+        group="data",
     )
+    dataset_config_name: str | None = flag(None, "configuration of a Hub data set that has several", group="data")
+    dataset_revision: str | None = flag(None, "branch, tag or commit of a Hub data set", group="data")
     resolution: int = flag(32, "side of the square training images in pixels", group="data")
     crop: Literal["center", "random", "adm"] = flag("center", "which square of an image is used", group="data")
     resize_ratio: float = flag(1.0, "resize the shorter side to this times --resolution before the crop", group="data")
@@ -57,7 +74,18 @@ class TrainingConfig:
     limit: int | None = flag(None, "use only the first N items of the data set", group="data")
     strict: bool = flag(False, "stop at an unreadable image instead of skipping and counting it", group="data")
     image_column: str | None = flag(None, "column with the images; by default the only one", group="data")
-    label_column: str | None = flag(None, "column with the class; by default 'label' or the only one", group="data")
+    caption_column: str | None = flag(
+        None, "column with the text; by default 'caption' or 'text', and .txt in tar files", group="data"
+    )
+    label_column: str | None = flag(
+        None, "column with the class; by default 'label' or the only one, and .cls in tar files", group="data"
+    )
+    num_classes: int | None = flag(
+        None, "number of classes in tar files, unless classes.txt lies beside them", group="data"
+    )
+    shuffle_buffer: int = flag(
+        1000, "samples of a stream to choose the next one from, per loading worker; 1 keeps their order", group="data"
+    )
     validation_split: str = flag(
         "validation",
         "split or sub-folder with images that are not trained on; 'train' shows training images",
@@ -70,6 +98,12 @@ class TrainingConfig:
     gradient_accumulation_steps: int = flag(
         1,
         "micro-steps per optimizer step; the global batch is batch_size x gradient_accumulation_steps x processes",
+        group="optimisation",
+    )
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "muon"] = flag(
+        "adamw",
+        "adamw8bit needs torchao; adafactor keeps row and column statistics only and ignores --adam_*; muon "
+        "orthogonalises the updates of hidden matrices and leaves the rest to AdamW",
         group="optimisation",
     )
     learning_rate: float = flag(1e-4, "peak learning rate", group="optimisation")
@@ -120,7 +154,29 @@ class TrainingConfig:
     )
     progress: bool = flag(True, "show a progress bar", group="output")
     report_to: str | None = flag(
-        None, "also send the log to an accelerate tracker, for example tensorboard or wandb", group="output"
+        None,
+        "also send log and pictures to these trackers, for example tensorboard or tensorboard,wandb",
+        group="output",
+    )
+    peak_tflops: float | None = flag(
+        None,
+        "dense TFLOP/s that one device can reach, for the utilisation in the log; by default that of known GPUs",
+        group="output",
+    )
+
+    push_to_hub: bool = flag(
+        False, "upload the result to the Hub at the end (log in first: `hf auth login`)", group="hub"
+    )
+    push_checkpoints: bool = flag(
+        False, "with --push_to_hub: also upload each checkpoint, in the background; the newest is kept", group="hub"
+    )
+    hub_model_id: str | None = flag(
+        None, "repository USER/NAME; by default the name of --output_dir in your namespace", group="hub"
+    )
+    hub_private: bool = flag(False, "make a new repository private", group="hub")
+    hub_revision: str | None = flag(None, "branch, created if it does not exist; by default main", group="hub")
+    hub_license: str | None = flag(
+        None, "licence of the weights for the model card, for example apache-2.0 or cc-by-nc-4.0", group="hub"
     )
 
     def __post_init__(self) -> None:
@@ -137,6 +193,8 @@ class TrainingConfig:
         for name in ("warmup_steps", "checkpointing_steps", "validation_steps", "num_workers", "max_grad_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must not be negative.")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ValueError(f"--peak_tflops is {self.peak_tflops}; it must be positive, or 'none'.")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"--ema_decay is {self.ema_decay}; it must be in [0, 1), where 0 switches the EMA off.")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
@@ -146,6 +204,8 @@ class TrainingConfig:
             )
         if self.resume is not None and self.overwrite:
             raise ValueError("--resume continues a run and --overwrite deletes it; give only one of them.")
+        if self.push_checkpoints and not self.push_to_hub:
+            raise ValueError("--push_checkpoints adds to what --push_to_hub uploads: give --push_to_hub too.")
 
 
 def _convert(name: str, annotation: Any, value: Any) -> Any:
@@ -240,12 +300,16 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"--config {path}: there is no such file.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"--config {path} is not valid YAML: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"--config {path} must map flag names to values, one `name: value` per line.")
+    for name, value in values.items():
+        # Checked before any message shows the value: aliases can make a small file stand for an endless text.
+        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(x, (dict, list)) for x in value)):
+            raise ValueError(f"--config {path} has nested values for {name!r}; expected one value or a list of them.")
     return values
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class EMA:
@@ -34,7 +35,12 @@ class EMA:
     @torch.no_grad()
     def update(self, module: nn.Module, update: int) -> None:
         """Move the average towards ``module``; ``update`` counts the updates before this one."""
-        averages, trained = list(self.module.parameters()), list(module.parameters())
+        averages, trained = ([_local(value) for value in part.parameters()] for part in (self.module, module))
         torch._foreach_lerp_(averages, trained, 1.0 - self.decay_at(update))
         for average, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
             average.copy_(buffer)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """The slice of a sharded parameter that this process holds: averages are sharded alike."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers.utils import is_matplotlib_available
 from torch import Tensor
+
+from hfgen.training.curve import draw_curve
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ class Window:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, float] = {}
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         """Add scalars; tensors stay on their device until :meth:`means`."""
@@ -56,10 +59,14 @@ class Window:
         self.counts = dict(state["counts"])
 
     def reduce(self, accelerator: Accelerator) -> None:
-        """Replace the sums by their means over the processes."""
-        if self.sums and accelerator.num_processes > 1:
-            totals = torch.stack([total.to(accelerator.device) for total in self.sums.values()])
-            self.sums = dict(zip(self.sums, accelerator.reduce(totals, reduction="mean").unbind()))
+        """Replace sums and counts by their means over the processes, which need not have logged the same names."""
+        if accelerator.num_processes == 1:
+            return
+        windows = gather_object([{name: (float(total), self.counts[name]) for name, total in self.sums.items()}])
+        for name in dict.fromkeys(name for window in windows for name in window):
+            totals, counts = zip(*(window[name] for window in windows if name in window))
+            self.sums[name] = torch.tensor(sum(totals) / len(windows), device=accelerator.device)
+            self.counts[name] = sum(counts) / len(windows)
 
 
 class History:
@@ -89,27 +96,11 @@ class History:
             file.write(json.dumps(record) + "\n")
 
     def plot(self) -> None:
-        """Write ``training_curve.png``: every logged quantity over the steps, training and validation ones apart."""
+        """Write ``training_curve.png``."""
         if not is_matplotlib_available():
             logger.warning("No %s: matplotlib is not installed (pip install matplotlib).", CURVE_FILE)
             return
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        names = [name for name in dict.fromkeys(key for record in self.records for key in record) if "/" in name]
-        if not names:
-            return
-        columns = min(4, len(names))
-        rows = math.ceil(len(names) / columns)
-        figure = Figure(figsize=(3.6 * columns, 2.6 * rows), layout="constrained")
-        FigureCanvasAgg(figure)
-        for position, name in enumerate(names):
-            points = [(record["step"], record[name]) for record in self.records if record.get(name) is not None]
-            axes = figure.add_subplot(rows, columns, position + 1)
-            axes.plot(*zip(*points), linewidth=1, marker="." if len(points) < 20 else None)
-            axes.set_title(name, fontsize=9)
-            axes.tick_params(labelsize=7)
-            axes.grid(alpha=0.3)
         temporary = self.path.with_name(CURVE_FILE + ".tmp")
-        figure.savefig(temporary, dpi=100, format="png")
-        os.replace(temporary, self.path.with_name(CURVE_FILE))
+        draw_curve(self.records, temporary)
+        if temporary.exists():
+            os.replace(temporary, self.path.with_name(CURVE_FILE))

@@ -1,4 +1,4 @@
-"""Which parameters are decayed."""
+"""Which parameters are decayed, and which are hidden matrices."""
 
 from __future__ import annotations
 
@@ -23,3 +23,40 @@ def parameter_groups(modules: Iterable[nn.Module], no_decay: Sequence[str] = ())
             (exempt if is_exempt else decayed).append(parameter)
     groups = [{"params": decayed, "decay": True}, {"params": exempt, "decay": False}]
     return [group for group in groups if group["params"]]
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks whose class the model names in ``_repeated_blocks``, sharded ones (subclasses) included."""
+    names = set(getattr(model, "_repeated_blocks", None) or ())
+    return [block for block in model.modules() if names & {base.__name__ for base in type(block).__mro__}]
+
+
+def split_hidden_matrices(
+    groups: Iterable[dict[str, Any]], modules: Iterable[nn.Module]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Cut groups into those of hidden matrices and those of everything else.
+
+    Hidden matrices are the weights of the linear layers inside the blocks that a model repeats, which it names in
+    ``_repeated_blocks``. Embeddings, input and output projections, tables, vectors and convolutions are not.
+
+    Args:
+        groups: as :func:`parameter_groups` returns them.
+        modules: the models whose parameters the groups hold.
+
+    Returns:
+        The groups of matrices and the others, both with the keys of the original ones; empty groups are left out.
+    """
+    matrices = {
+        id(layer.weight)
+        for module in modules
+        for block in repeated_blocks(module)
+        for layer in block.modules()
+        if isinstance(layer, nn.Linear)
+    }
+    hidden, others = [], []
+    for group in groups:
+        for target, wanted in ((hidden, True), (others, False)):
+            chosen = [parameter for parameter in group["params"] if (id(parameter) in matrices) is wanted]
+            if chosen:
+                target.append({**group, "params": chosen})
+    return hidden, others

@@ -1,13 +1,19 @@
-"""Mixed precision: forward passes in half precision, weights, losses and optimizer in float32."""
+"""How forward passes are computed: in half precision, with recomputation, compiled.
+
+In mixed precision the forward passes run in half precision; weights, losses and optimizer stay in float32.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hfgen.training.param_groups import repeated_blocks
 
 DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -52,3 +58,35 @@ def _to_float32(output: Any) -> Any:
     if isinstance(output, tuple):
         return tuple(_to_float32(value) for value in output)
     return output
+
+
+def enable_gradient_checkpointing(models: Mapping[str, nn.Module], required: Collection[str]) -> None:
+    """Recompute activations in the backward pass of every model that can.
+
+    Args:
+        models: the trained models by name.
+        required: names of those that must support it; the others (a discriminator) may not.
+    """
+    for name, model in models.items():
+        if getattr(model, "_supports_gradient_checkpointing", False):
+            model.enable_gradient_checkpointing()
+        elif name in required:
+            raise ValueError(f"--gradient_checkpointing: {type(model).__name__} does not support it; drop the flag.")
+
+
+def compile_blocks(models: Mapping[str, nn.Module], required: Collection[str]) -> None:
+    """Compile the repeated blocks of every model that names them, in place: names of weights stay as they are.
+
+    Args:
+        models: the trained models by name, before they are wrapped.
+        required: names of those that must have repeated blocks; the others (a discriminator) may not.
+    """
+    for name, model in models.items():
+        blocks = repeated_blocks(model)
+        if blocks:
+            # Blocks with constants of their own (drop path) are a graph each, and torch gives up after 8 by default.
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, len(blocks) + 8)
+            model.compile_repeated_blocks(fullgraph=True)
+        elif name in required:
+            raise ValueError(f"--compile: {type(model).__name__} names no repeated blocks to compile; drop the flag.")

@@ -8,9 +8,11 @@ import logging
 import shutil
 from pathlib import Path
 
-from hfgen.training.checkpoints import list_checkpoints, resolve_checkpoint
+from hfgen.training.checkpoints import list_checkpoints, resolve_checkpoint, restore_replaced
 from hfgen.training.config import TrainingConfig
+from hfgen.training.guard import BAD_BATCH_FILE
 from hfgen.training.history import CURVE_FILE, LOG_FILE, write_text
+from hfgen.training.trackers import TRACKERS_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ def open_run(config: TrainingConfig) -> Path | None:
             checkpoints after the one to resume.
     """
     folder = Path(config.output_dir)
+    restore_replaced(folder)
     log = folder / LOG_FILE
     # An empty log is what a run leaves that failed before its first line: nothing is lost.
     holds_run = (log.exists() and log.stat().st_size > 0) or bool(list_checkpoints(folder))
@@ -59,11 +62,13 @@ def open_run(config: TrainingConfig) -> Path | None:
 
 def _delete_run(folder: Path) -> None:
     """Delete what a run writes and nothing else."""
-    for name in (LOG_FILE, CURVE_FILE, CONFIG_FILE):
+    for name in (LOG_FILE, CURVE_FILE, CONFIG_FILE, BAD_BATCH_FILE):
         (folder / name).unlink(missing_ok=True)
-    for path in [*folder.glob("checkpoint-*"), folder / FINAL_FOLDER, folder / VALIDATION_FOLDER]:
+    for path in [*folder.glob("checkpoint-*"), folder / FINAL_FOLDER, folder / TRACKERS_FOLDER]:
         if path.is_dir():
             shutil.rmtree(path)
+    for picture in (folder / VALIDATION_FOLDER).glob("step-*.png"):
+        picture.unlink()
 
 
 def _record_config(config: TrainingConfig, folder: Path, *, resumed: bool) -> None:

@@ -48,7 +48,9 @@ class Task(ABC):
             replaces them by their wrapped versions; ``unwrap`` gives the model itself.
         phases: the optimizers by name.
         averaged: names of the modules that have an EMA: those that are validated and saved.
-        frozen: modules that are used but not trained; the trainer moves them to the device, in evaluation mode.
+        frozen: modules that are used but not trained; the trainer moves them to the device, in evaluation mode. A
+            part of one of the ``modules`` may be named here, too, such as the encoder in a second stage that trains
+            the decoder.
     """
 
     modules: dict[str, nn.Module]
@@ -65,6 +67,11 @@ class Task(ABC):
         The trainer runs the backward pass of each loss before it asks for the next phase, and updates all phases
         after the last micro-batch. A phase that is not yielded is not updated. The loss is a scalar, the mean over the
         batch. Random draws come from ``draws.generator()``; dropout layers may use the global generator.
+
+        With several processes all must yield the same phases, because they wait for each other's gradients: if a
+        process has nothing to select, its loss is a sum over no elements, not absent. The logged values may differ.
+        With ``--sharding fsdp`` weights are whole only inside ``forward`` and methods marked with
+        ``apply_forward_hook``; a step must neither read them elsewhere nor change outputs in place.
         """
 
     @abstractmethod
@@ -77,7 +84,7 @@ class Task(ABC):
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The model inside its multi-process wrapper."""
+    """The model inside its multi-process wrapper. A sharded model has none: it is the wrapper itself."""
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 

@@ -16,7 +16,7 @@ from hfgen.counters import numpy_generator
 from hfgen.training import Phase, Task, Trainer, TrainingConfig, Validation, frozen
 from hfgen.training.history import History
 
-TIMING = ("images_per_second", "data_wait_fraction")
+TIMING = ("images_per_second", "data_wait_fraction", "model_tflops", "max_memory_gib")
 
 
 class ToyModel(ModelMixin, ConfigMixin):

@@ -78,6 +78,8 @@ def test_errors_of_a_file_name_the_key(tmp_path, base, capsys, line, message):
         (["--depth", "1", "--unknown", "2"], "--unknown"),
         (["--depth", "1", "--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
         (["--depth", "1", "--ema_decay", "1"], "--ema_decay is 1.0"),
+        (["--depth", "1", "--peak_tflops", "0"], "--peak_tflops is 0.0; it must be positive"),
+        (["--depth", "1", "--optimizer", "sgd"], "--optimizer is 'sgd'; choose one of adamw, adamw8bit, adafactor"),
         (["--depth", "1", "--resume", "latest", "--overwrite"], "give only one"),
         (["--depth", "1", "--config", "missing.yaml"], "there is no such file"),
         (["--dept", "1"], "--dept"),
@@ -92,6 +94,17 @@ def test_the_record_of_a_run_is_a_config_file(tmp_path, base):
     file = tmp_path / "training_config.json"
     file.write_text(json.dumps(dataclasses.asdict(config)))
     assert parse_config(Config, ["--config", str(file)]) == config
+
+
+def test_the_record_that_a_run_leaves_repeats_it(toy, tmp_path):
+    """The file that the trainer writes, given to --config with another folder, is the same run bit for bit."""
+    toy.fit(toy.config(tmp_path / "first", seed=3, optimizer="adafactor", weight_decay_end=0.2, max_grad_norm=0.5))
+    record = tmp_path / "first" / "training_config.json"
+    config = parse_config(TrainingConfig, ["--config", str(record), "--output_dir", str(tmp_path / "second")])
+    toy.fit(config)
+    assert toy.records(tmp_path / "first") == toy.records(tmp_path / "second")
+    weights = [(tmp_path / name / "final" / "diffusion_pytorch_model.safetensors") for name in ("first", "second")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_help_names_every_flag_with_its_default(capsys):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 
 import pytest
 import torch
+
+from support import process_runs
 
 
 def _stop_at(step: int):
@@ -55,6 +58,28 @@ def test_resumed_run_is_bit_equal(toy, tmp_path, accumulation, workers, adversar
     a, b = (toy.Model.from_pretrained(tmp_path / name / "final") for name in "ab")
     for key, value in a.state_dict().items():
         assert torch.equal(value, b.state_dict()[key])
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "workers", "stops"),
+    [(1, (0, 2, 0), (2, 5)), (2, (2, 0), (5,)), (2, (0, 2), (3,))],
+    ids=["middle and end of an epoch", "end of an epoch", "middle of an epoch"],
+)
+def test_a_codebook_of_moving_averages_resumes(tmp_path, accumulation, workers, stops):
+    """Its statistics and restarts, with an adversarial phase that starts on the way; an epoch is six steps."""
+    changes = {"gradient_accumulation_steps": accumulation, "batch_size": 8 // accumulation}
+    fit = partial(process_runs.fit, processes=1, random=True, **changes)
+    straight, straight_task = fit(tmp_path / "a")
+    batches = []
+    for position, stop in enumerate([*stops, None]):
+        terminate = None if stop is None else (stop, 0)
+        resume = "latest" if position else None
+        resumed, task = fit(tmp_path / "b", terminate=terminate, resume=resume, num_workers=workers[position])
+        batches += task.batches
+    assert (tmp_path / "b" / f"checkpoint-{stops[-1] + 1}").is_dir()
+    assert batches == straight_task.batches
+    assert resumed.models["model"].quantizer.restart.step == 10 * accumulation
+    _assert_equal_states(straight, resumed)
 
 
 def test_the_comparison_can_fail(toy, tmp_path):

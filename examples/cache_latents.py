@@ -1,0 +1,33 @@
+"""Write the latents of a data set into a cache, which every training script of a generator takes with --cache.
+
+    accelerate launch examples/cache_latents.py --tokenizer stabilityai/sd-vae-ft-mse --dataset images \
+      --resolution 256 --flip --variants 2 --output_dir runs/latents
+
+The tokenizer is a diffusers.AutoencoderKL or a continuous tokenizer of hfgen. Of a KL autoencoder the mean and the
+log-variance are kept, so that every training step draws its own sample of the posterior. A run that was interrupted
+continues when the same command is given again, with any number of processes. --push_to USER/NAME publishes the cache.
+"""
+
+import logging
+
+from diffusers import AutoencoderKL
+
+from hfgen import AutoModel
+from hfgen.training import CacheConfig, build_cache, parse_config
+
+Config = CacheConfig
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    config = parse_config(Config, description=__doc__)
+    class_name = AutoencoderKL.load_config(config.tokenizer, subfolder=config.subfolder).get("_class_name")
+    model_class = AutoencoderKL if class_name == "AutoencoderKL" else AutoModel
+    tokenizer = model_class.from_pretrained(config.tokenizer, subfolder=config.subfolder)
+    if hasattr(tokenizer, "codebook_size"):
+        raise ValueError(f"{config.tokenizer} has a codebook: use cache_tokens.py for its codes.")
+    build_cache(config, tokenizer)
+
+
+if __name__ == "__main__":
+    main()

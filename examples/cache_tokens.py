@@ -1,0 +1,28 @@
+"""Write the codes of a data set into a cache, which every training script of a generator takes with --cache.
+
+    accelerate launch examples/cache_tokens.py --tokenizer runs/tokenizer/final --output_dir runs/codes
+    accelerate launch examples/train_var.py --tokenizer runs/tokenizer/final --cache runs/codes --output_dir runs/var
+
+A run that was interrupted continues when the same command is given again, with any number of processes. With --flip or
+--crop random, --variants 10 keeps ten augmented versions of each image. --push_to USER/NAME publishes the cache.
+"""
+
+import logging
+
+from hfgen import AutoModel
+from hfgen.training import CacheConfig, build_cache, parse_config
+
+Config = CacheConfig
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    config = parse_config(Config, description=__doc__)
+    tokenizer = AutoModel.from_pretrained(config.tokenizer, subfolder=config.subfolder)
+    if not hasattr(tokenizer, "codebook_size"):
+        raise ValueError(f"{config.tokenizer} has no codebook: use cache_latents.py for a continuous tokenizer.")
+    build_cache(config, tokenizer)
+
+
+if __name__ == "__main__":
+    main()
