@@ -11,6 +11,8 @@ MAPPED_FOLDERS = ("pipelines", "conversion")
 TRAIN = ["matplotlib>=3.9"]
 EVAL = ["matplotlib>=3.9"]
 LORA = ["peft>=0.17"]
+ADAMW8BIT = ["torchao>=0.12"]
+DEEPSPEED = ["deepspeed>=0.19.8"]
 TEST = ["build>=1.2", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.14"]
 
 
@@ -42,17 +44,27 @@ setup(
         "accelerate>=1.6",
         "datasets>=4.0",
         "diffusers>=0.36",
+        "fsspec>=2024.6",
         "huggingface-hub>=1.0",
         "numpy>=1.26",
         "pillow>=10",
+        "pyarrow>=15",
         "pyyaml>=6",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "torch>=2.9",
+        "tokenizers>=0.22",
         "tqdm>=4.66",
         "transformers>=5.0",
     ],
-    extras_require={"train": TRAIN, "eval": EVAL, "lora": LORA, "test": TEST + TRAIN + EVAL + LORA},
+    extras_require={
+        "train": TRAIN,
+        "eval": EVAL,
+        "lora": LORA,
+        "adamw8bit": ADAMW8BIT,
+        "deepspeed": DEEPSPEED,
+        "test": TEST + TRAIN + EVAL + LORA,
+    },
     entry_points={"console_scripts": ["hfgen = hfgen.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -9,19 +9,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from hfgen.conversion.checkpoints import read_checkpoint
-from hfgen.conversion.converter import Part, ReleasedCheckpoint
+from hfgen.conversion.converter import Part, ReleasedCheckpoint, ReleasedFile
 from hfgen.conversion.rules import listing
 from hfgen.models.modeling import HFGenModel
+from hfgen.models.untrusted import MAX_CONFIG_BYTES, read_json_object
 
 # System -> module of this package; the module's CONVERTERS maps the system to its parts by name.
 _MODULES = {"var": "var", "var_vqvae": "var"}
 
-__all__ = ["ReleasedCheckpoint", "load_original", "parts", "read_checkpoint", "released", "systems", "to_original"]
+__all__ = [
+    "ReleasedCheckpoint",
+    "ReleasedFile",
+    "load_original",
+    "parts",
+    "read_checkpoint",
+    "released",
+    "systems",
+    "to_original",
+]
 
 
 def systems() -> tuple[str, ...]:
@@ -41,7 +52,7 @@ def parts(system: str) -> dict[str, Part]:
 
 
 def released() -> tuple[ReleasedCheckpoint, ...]:
-    """Every official file that the converters were written for."""
+    """Everything official that loads by its name, see ``hfgen.from_official``."""
     modules = dict.fromkeys(_MODULES.values())
     return tuple(row for module in modules for row in import_module(f"hfgen.conversion.{module}").RELEASED)
 
@@ -61,7 +72,8 @@ def load_original(
         checkpoint: a file, a folder or a state dict with official names; a checkpoint of the official trainer, which
             wraps several state dicts, is also read.
         part: which model of the system; needed when the checkpoint holds several.
-        original_config: official constructor arguments that the tensors do not tell.
+        original_config: official constructor arguments that the tensors do not tell; by default those of the official
+            configuration file, if ``checkpoint`` is a folder that has one.
         allow_pickle: see :func:`hfgen.conversion.read_checkpoint`.
 
     Returns:
@@ -78,7 +90,9 @@ def load_original(
     content = read_checkpoint(checkpoint, allow_pickle=allow_pickle)
     if part is None:
         part = _only_part(system, choices, content)
-    return choices[part].load(content, original_config or {})
+    if original_config is None:
+        original_config = _config_beside(checkpoint, choices[part].config_file)
+    return choices[part].load(content, original_config)
 
 
 def to_original(model: HFGenModel) -> dict[str, Tensor]:
@@ -90,6 +104,12 @@ def to_original(model: HFGenModel) -> dict[str, Tensor]:
     if model.original_system is None or model.original_part is None:
         raise ValueError(f"{type(model).__name__} has no official checkpoint layout.")
     return parts(model.original_system)[model.original_part].save(model)
+
+
+def _config_beside(checkpoint: str | PathLike[str] | Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    if name is None or isinstance(checkpoint, Mapping) or not (Path(checkpoint) / name).is_file():
+        return {}
+    return read_json_object(Path(checkpoint) / name, MAX_CONFIG_BYTES)
 
 
 def _only_part(system: str, choices: Mapping[str, Part], content: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hfgen.conversion.rules import Rules, convert, listing, revert
 from hfgen.models.modeling import HFGenModel
+from hfgen.models.untrusted import check_arguments
 
 
 class OriginalConfig:
@@ -67,6 +68,7 @@ class Part:
         signature: names that every official state dict of this part holds, by which it is recognised.
         wrappers: keys under which official trainers put this state dict inside a larger checkpoint.
         hints: official constructor arguments that such a checkpoint tells beside the tensors.
+        config_file: JSON file with official constructor arguments in the folders that were published.
     """
 
     model: type[HFGenModel]
@@ -75,6 +77,7 @@ class Part:
     signature: tuple[str, ...]
     wrappers: tuple[tuple[str, ...], ...] = ()
     hints: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    config_file: str | None = None
 
     def find(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
         """The state dict of this part inside a checkpoint; None if there is none."""
@@ -95,6 +98,7 @@ class Part:
         original = OriginalConfig({**hints, **original_config})
         arguments = self.config(state, original)
         original.finish()
+        check_arguments(self.model, arguments)
         # Parameters without memory, buffers with their values: those outside the state dict are never loaded.
         with init_empty_weights(include_buffers=False):
             model = self.model(**arguments)
@@ -111,27 +115,48 @@ class Part:
 
 
 @dataclass(frozen=True)
-class ReleasedCheckpoint:
+class ReleasedFile:
     """One official file.
 
     Attributes:
-        name: short name, such as ``var-d16``.
-        system, part: its converter.
-        repo: repository on the Hugging Face Hub.
-        file: path inside the repository.
-        licence: licence of the weights.
-        megabytes: approximate size of the file.
+        part: part of the system that it holds.
+        path: its path inside the Hub repository.
+        megabytes: approximate size, for people; the exact one is checked against the Hub.
+        sha256: of the content, if known; what the Hub says is checked in any case.
         original_config: official constructor arguments that the file does not tell.
+    """
+
+    part: str
+    path: str
+    megabytes: int
+    sha256: str | None = None
+    original_config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ReleasedCheckpoint:
+    """A pipeline or a model that was released, as ``hfgen.from_official`` loads it by name.
+
+    Attributes:
+        name: short name, such as ``var-d16``.
+        system: its converter.
+        repo: repository on the Hugging Face Hub.
+        files: its files; those of all parts of a system make a pipeline, one alone a model.
+        licence: licence of the weights.
+        revision: branch, tag or commit of the repository.
     """
 
     name: str
     system: str
-    part: str
     repo: str
-    file: str
+    files: tuple[ReleasedFile, ...]
     licence: str
-    megabytes: int
-    original_config: Mapping[str, Any]
+    revision: str = "main"
+
+    @property
+    def megabytes(self) -> int:
+        """Approximate size of the download."""
+        return sum(file.megabytes for file in self.files)
 
 
 def shape(state: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hfgen.conversion.conv_autoencoder import decoder_rules, encoder_rules
-from hfgen.conversion.converter import OriginalConfig, Part, ReleasedCheckpoint, count, shape
+from hfgen.conversion.converter import OriginalConfig, Part, ReleasedCheckpoint, ReleasedFile, count, shape
 from hfgen.conversion.rules import Derived, Rule, Rules, Split, Squeeze
 from hfgen.models.generators.var import PATCH_NUMS_256, PATCH_NUMS_512, VARTransformer
 from hfgen.models.tokenizers.multiscale_vqvae import MultiScaleVQVAE
@@ -240,16 +241,21 @@ _TRANSFORMER = Part(
 CONVERTERS = {"var": {"transformer": _TRANSFORMER, "vae": _VAE}, "var_vqvae": {"vae": _VAE}}
 
 
-def _released(name: str, system: str, part: str, file: str, megabytes: int) -> ReleasedCheckpoint:
-    return ReleasedCheckpoint(name, system, part, "FoundationVision/var", file, "MIT", megabytes, {})
+_VAE_FILE = ReleasedFile("vae", "vae_ch160v4096z32.pth", 436)
+
+
+def _released(name: str, file: str, megabytes: int, vae: ReleasedFile = _VAE_FILE) -> ReleasedCheckpoint:
+    files = (ReleasedFile("transformer", file, megabytes), vae)
+    return ReleasedCheckpoint(name, "var", "FoundationVision/var", files, "MIT")
 
 
 RELEASED = (
-    _released("var-vae", "var", "vae", "vae_ch160v4096z32.pth", 436),
-    _released("var-d12", "var", "transformer", "var_d12.pth", 535),
-    _released("var-d16", "var", "transformer", "var_d16.pth", 1245),
-    _released("var-d20", "var", "transformer", "var_d20.pth", 2410),
-    _released("var-d24", "var", "transformer", "var_d24.pth", 4140),
-    _released("var-d30", "var", "transformer", "var_d30.pth", 8050),
-    _released("var-d36", "var", "transformer", "var_d36.pth", 9440),
+    ReleasedCheckpoint("var-vae", "var", "FoundationVision/var", (_VAE_FILE,), "MIT"),
+    _released("var-d12", "var_d12.pth", 535),
+    _released("var-d16", "var_d16.pth", 1245),
+    _released("var-d20", "var_d20.pth", 2410),
+    _released("var-d24", "var_d24.pth", 4140),
+    _released("var-d30", "var_d30.pth", 8050),
+    # The same tokenizer with the token maps of 512 pixels, which its file does not tell.
+    _released("var-d36", "var_d36.pth", 9440, replace(_VAE_FILE, original_config={"v_patch_nums": PATCH_NUMS_512})),
 )

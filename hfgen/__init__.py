@@ -23,6 +23,7 @@ _EXPORTS = {
     "VARTransformer": "hfgen.models.generators.var",
     "VectorQuantizer": "hfgen.models.quantizers.vector",
     "captioned_shapes": "hfgen.data.shapes",
+    "from_official": "hfgen.official",
     "load_original": "hfgen.conversion",
 }
 

@@ -14,7 +14,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 import hfgen
-from hfgen.models.modeling import HFGenModel
+from hfgen.models.modeling import HFGenModel, PortableConfigMixin
+
+
+class PipelineIndex(PortableConfigMixin, DiffusionPipeline):
+    """Reads the model_index.json of any pipeline with the checks of hfgen."""
 
 
 class AutoPipeline:
@@ -65,7 +69,7 @@ class AutoPipeline:
             "force_download": force_download,
         }
         try:
-            config = DiffusionPipeline.load_config(pretrained_model_name_or_path, **hub)
+            config = PipelineIndex.load_config(pretrained_model_name_or_path, **hub)
         except OSError as error:
             raise OSError(
                 f"Could not read model_index.json of {str(pretrained_model_name_or_path)!r}, which a pipeline has. "

@@ -1,4 +1,4 @@
-"""The command ``hfgen``: sample, reconstruct, convert, systems.
+"""The command ``hfgen``: sample, reconstruct, convert, push, pull, systems.
 
 Every command is a thin layer over the public interface. A wrong input ends with one line and exit code 2;
 ``--debug`` shows where it was raised.
@@ -35,18 +35,39 @@ Writes NAME.png with the original on the left and prints the PSNR of each image,
 """
 CONVERT_EXAMPLES = """\
 examples:
+  hfgen convert var-d16 --output var-d16
   hfgen convert var var_d16.pth vae_ch160v4096z32.pth --output var-d16
   hfgen convert var vae_ch160v4096z32.pth --output var-vae --dtype float16
   hfgen convert var var_d36.pth vae_ch160v4096z32.pth --output var-d36 \\
       --original-config vae.v_patch_nums=[1,2,3,4,6,9,13,18,24,32]
 
+Without files, official weights are downloaded by their name; `hfgen systems --weights` lists the names.
 With files for all parts of a system the output is a pipeline folder, else that of a single model.
 `hfgen systems` lists the systems. Nothing inside a file is run, unless --trust-pickle allows it.
 """
 SYSTEMS_EXAMPLES = """\
 examples:
   hfgen systems
+  hfgen systems --weights
   hfgen systems --json
+"""
+PUSH_EXAMPLES = """\
+examples:
+  hfgen push runs/var USER/my-var
+  hfgen push runs/var/final USER/my-var --private --revision experiment
+  hfgen push runs/var USER/my-var --dtype float16 --variant fp16
+  hfgen push runs/var/checkpoint-500 USER/my-var --path-in-repo checkpoint-500
+
+DIR is a saved model or pipeline, or a training run, of which the result in DIR/final is taken. A card (README.md) that
+the repository has stays as it is; without one the repository gets that of DIR, or a short one is written there.
+Log in first with `hf auth login`, or set HF_TOKEN.
+"""
+PULL_EXAMPLES = """\
+examples:
+  hfgen pull USER/my-var
+  hfgen pull USER/my-var --output my-var --revision experiment
+
+Without --output the files stay in the cache, where from_pretrained("USER/my-var") finds them, also offline.
 """
 
 
@@ -102,8 +123,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_device(reconstruct)
 
     convert = _command(commands, "convert", "official checkpoints into a folder", CONVERT_EXAMPLES)
-    convert.add_argument("system", help="name of the converter, see `hfgen systems`")
-    convert.add_argument("files", metavar="FILE", nargs="+", type=Path, help="official checkpoint files or folders")
+    convert.add_argument("system", help="name of the converter, see `hfgen systems`; without files the name of "
+                         "official weights, see `hfgen systems --weights`")  # fmt: skip
+    convert.add_argument("files", metavar="FILE", nargs="*", type=Path, help="official checkpoint files or folders")
     convert.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
     convert.add_argument("--overwrite", action="store_true", help="replace a saved model or pipeline at DIR")
     convert.add_argument("--part", help="take only this part of the checkpoint, such as transformer")
@@ -116,7 +138,31 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as in the files)")
     _add_debug(convert)
 
+    push = _command(commands, "push", "upload a model, a pipeline or a run to the Hub", PUSH_EXAMPLES)
+    push.add_argument("folder", metavar="DIR", type=Path, help="folder to upload")
+    push.add_argument("repo", metavar="USER/NAME", help="repository, created if it does not exist")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--revision", metavar="BRANCH", help="branch, created if it does not exist (default: main)")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead of a commit")
+    push.add_argument("--path-in-repo", metavar="PATH", help="folder of the repository (default: its root)")
+    push.add_argument("--message", help="of the commit or the pull request")
+    push.add_argument("--dtype", choices=DTYPES, help="upload the weights in this dtype (default: as in DIR)")
+    push.add_argument("--variant", metavar="NAME", help="suffix of the weight files, such as fp16 with that --dtype")
+    push.add_argument("--max-shard-size", metavar="SIZE", help="split the weights into files of at most this, as 5GB")
+    push.add_argument("--with-pipeline-file", action="store_true",
+                      help="add pipeline.py, with which plain DiffusionPipeline.from_pretrained(repo, "
+                      "custom_pipeline=repo, trust_remote_code=True) loads")  # fmt: skip
+    push.add_argument("--replace-card", action="store_true", help="replace the card that the repository has")
+    _add_debug(push)
+
+    pull = _command(commands, "pull", "download a repository of the Hub and check it", PULL_EXAMPLES)
+    pull.add_argument("repo", metavar="USER/NAME", help="repository")
+    pull.add_argument("--output", type=Path, metavar="DIR", help="folder to write to (default: the cache)")
+    pull.add_argument("--revision", help="branch, tag or commit (default: main)")
+    _add_debug(pull)
+
     systems = _command(commands, "systems", "list the published systems", SYSTEMS_EXAMPLES)
+    systems.add_argument("--weights", action="store_true", help="the official weights that load by name instead")
     systems.add_argument("--json", action="store_true", help="all fields, as JSON")
     _add_debug(systems)
     return parser

@@ -16,10 +16,11 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from hfgen.models.generators.var import VARTransformer
-from hfgen.models.modeling import PortableConfigMixin
+from hfgen.models.modeling import PortablePipelineMixin
 from hfgen.models.quantizers.multiscale import MultiScaleResidualQuantizer
 from hfgen.models.tokenizers.multiscale_vqvae import MultiScaleVQVAE
 from hfgen.pipelines.outputs import ImageGenerationOutput
+from hfgen.publishing import PublishMixin
 from hfgen.sampling.guidance import guide, resolve_guidance
 from hfgen.sampling.logits import exponential_draws, filter_logits, sample_codes
 from hfgen.sampling.next_scale import keep_mask_at_scale, smooth_probabilities
@@ -28,7 +29,7 @@ ClassLabels = int | str | Sequence[int | str] | Tensor | None
 Images = PIL.Image.Image | Sequence[PIL.Image.Image] | Tensor
 
 
-class VARPipeline(PortableConfigMixin, DiffusionPipeline):
+class VARPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
     """Class-conditional image generation by next-scale prediction.
 
     Args:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
-
-import hfgen
 from hfgen.commands.shared import torch_dtype
-from hfgen.conversion import load_original, parts, read_checkpoint
+from hfgen.conversion import load_original, parts, read_checkpoint, released, systems
 from hfgen.models.modeling import HFGenModel
+from hfgen.official import assemble, find_released, save_official
 from hfgen.systems import SYSTEMS
 from hfgen.training.checkpoints import write_folder
 
@@ -23,6 +19,8 @@ from hfgen.training.checkpoints import write_folder
 def run(options: argparse.Namespace) -> str:
     """The output appears under its name once it is complete."""
     check_output(options.output, options.overwrite)
+    if not options.files:
+        return convert_released(options)
     known = tuple(parts(options.system))
     settings = original_settings(options.original_config, known)
     models: dict[str, HFGenModel] = {}
@@ -38,6 +36,25 @@ def run(options: argparse.Namespace) -> str:
     licences = {row.weights_licence for row in SYSTEMS if row.converter == options.system and row.weights_licence}
     lines.extend(f"licence of the official weights: {licence}" for licence in licences)
     return "\n".join(lines)
+
+
+def convert_released(options: argparse.Namespace) -> str:
+    """Download and convert official weights by their name."""
+    if options.system in systems():
+        raise ValueError(
+            f"Give the files of {options.system}, or instead of {options.system} the name of official weights such as "
+            f"{released()[0].name}; `hfgen systems --weights` lists them."
+        )
+    for name in ("part", "original_config", "trust_pickle"):
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for files; {options.system} is known by its name.")
+    row = find_released(options.system)
+    dtype = torch_dtype(options.dtype) if options.dtype else None
+    saved = save_official(row, options.output, dtype=dtype)
+    return (
+        f"{options.output}: {type(saved).__name__} from {', '.join(file.path for file in row.files)} of {row.repo}\n"
+        f"licence of the official weights: {row.licence}"
+    )
 
 
 def check_output(path: Path, overwrite: bool) -> None:
@@ -64,31 +81,6 @@ def load_file(
     return {
         name: load_original(options.system, content, part=name, original_config=settings.get(name)) for name in found
     }
-
-
-def assemble(system: str, models: Mapping[str, HFGenModel]) -> DiffusionPipeline | HFGenModel:
-    """The pipeline of a system if ``models`` are all that it needs; else the single model.
-
-    Raises:
-        ValueError: several models that do not make a pipeline.
-    """
-    reasons = []
-    for name in (row.pipeline for row in SYSTEMS if row.converter == system and row.pipeline):
-        pipeline_class = getattr(hfgen, name)
-        types = typing.get_type_hints(pipeline_class.__init__)
-        parameters = inspect.signature(pipeline_class).parameters.values()
-        needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
-        components = {key: model for key in needed for model in models.values() if isinstance(model, types[key])}
-        missing = [key for key in needed if key not in components]
-        if not missing and len(components) == len(models):
-            return pipeline_class(**components)
-        reasons.append(f"{name} needs {', '.join(needed)}")
-    if len(models) == 1:
-        return next(iter(models.values()))
-    raise ValueError(
-        f"The parts {', '.join(models)} of {system} make no pipeline ({'; '.join(reasons) or 'it has none'}); convert "
-        "them one by one."
-    )
 
 
 def original_settings(items: Sequence[str], known_parts: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -121,15 +113,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The content of a JSON or YAML file."""
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise ValueError(f"--original-config {path} is neither KEY=VALUE nor a .json, .yaml or .yml file.")
+    import yaml
+
     text = path.read_text(encoding="utf-8")
     try:
-        if path.suffix == ".json":
-            content = json.loads(text)
-        else:
-            import yaml
-
-            content = yaml.safe_load(text)
-    except (ValueError, ArithmeticError) as error:
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, ArithmeticError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"--original-config {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--original-config {path} holds a {type(content).__name__}; expected names with values.")

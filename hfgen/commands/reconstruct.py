@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 
 import torch
-from diffusers import DiffusionPipeline
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
-from hfgen.auto import AutoModel
+from hfgen.auto import AutoModel, PipelineIndex
 from hfgen.commands.shared import torch_device, torch_dtype
+from hfgen.data.rows import decode_image
 from hfgen.data.transforms import center_crop, resize_shorter_side, to_pixels, to_tensor, to_uint8
 from hfgen.evaluation.reconstruction import psnr
 from hfgen.images import make_strip, save_png
@@ -30,8 +30,7 @@ def run(options: argparse.Namespace) -> str:
     size = options.size or getattr(tokenizer, "image_size", None)
     lines, ratios = [], []
     for path, target in zip(tqdm(options.images, unit="image", desc="reconstructing"), targets):
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+        image = decode_image(path, str(path))
         if size is None:
             image = crop_to_multiple(image, tokenizer.downsample_factor)
         else:
@@ -63,7 +62,7 @@ def load_tokenizer(source: str, dtype: torch.dtype) -> HFGenModel:
         ValueError: the pipeline has no image tokenizer.
     """
     try:
-        components = DiffusionPipeline.load_config(source)
+        components = PipelineIndex.load_config(source)
     except OSError:
         return AutoModel.from_pretrained(source, dtype=dtype)
     found = [name for name in COMPONENTS if name in components]

@@ -17,9 +17,6 @@ TESTS = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def hub_and_report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
-    for name in PIPELINES:
-        (folder / name).mkdir()
-        (folder / name / "pipeline.py").write_text(f"from hfgen import {name}\n")
     with HubServer() as hub:
         for stage in ("push", "pull"):
             home = folder / f"home-{stage}"  # the second process finds neither a cache nor a token of the first
@@ -51,9 +48,16 @@ def test_models_come_back(name, hub_and_report):
 @pytest.mark.parametrize("name", MODELS)
 def test_an_unchanged_push_makes_no_commit(name, hub_and_report):
     repository = hub_and_report[0].repositories[f"tester/{name}"]
-    # The empty repository, the first push, the push to a folder and the pull request; not the second push.
-    assert len(repository.commits) == 4
-    assert set(repository.refs) == {"main", "refs/pr/1"}
+    # The empty repository, the first push, the push to a folder, the branch and the pull request; not the second push.
+    assert len(repository.commits) == 5
+    assert set(repository.refs) == {"main", "shards", "refs/pr/1"}
+    assert len([path for path in repository.files("shards") if "-of-" in path]) > 1
+    card = repository.files()["README.md"].decode()
+    assert "library_name: hfgen" in card and f'{name}.from_pretrained("tester/{name}")' in card
+    assert repository.files("refs/pr/1")["README.md"].decode() == card  # an existing card is kept
+    saved = hub_and_report[0].repositories[f"tester/{name}-saved"]
+    assert saved.private and not repository.private
+    assert b"library_name: hfgen" in saved.files()["README.md"]
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -66,7 +70,7 @@ def test_repository_of_a_pipeline(name, hub_and_report):
         assert index[component] == ["hfgen", model]
         assert {f"{component}/config.json", f"{component}/diffusion_pytorch_model.safetensors"} <= files.keys()
     assert not [path for path in files if path.endswith((".py", ".bin", ".pt"))]
-    assert b"library_name: diffusers" in files["README.md"]
+    assert b"library_name: hfgen" in files["README.md"]
 
 
 def test_errors_say_what_went_wrong(hub_and_report):

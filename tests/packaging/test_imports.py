@@ -15,14 +15,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # What each part of the package may import, besides itself; docs/architecture.md shows the same as a picture.
 # A name covers the modules below it, and the most specific name decides.
-BASE = {"hfgen.counters", "hfgen.models.modeling"}
+BASE = {"hfgen.counters", "hfgen.models.modeling", "hfgen.models.untrusted", "hfgen.publishing"}
 LAYERS = {"hfgen.models.layers"}
 QUANTIZERS = LAYERS | {"hfgen.models.quantizers"}
 MODELS = QUANTIZERS | {"hfgen.models.tokenizers", "hfgen.models.generators"}
 SAMPLING = {"hfgen.schedulers", "hfgen.sampling"}
 PIPELINES = MODELS | SAMPLING | {"hfgen.images", "hfgen.pipelines"}
 TRAINING = PIPELINES | {"hfgen.conversion", "hfgen.losses", "hfgen.data", "hfgen.evaluation", "hfgen.training"}
-TOP = TRAINING | {"hfgen", "hfgen.hub", "hfgen.auto", "hfgen.systems"}
+TOP = TRAINING | {
+    "hfgen",
+    "hfgen.hub",
+    "hfgen.auto",
+    "hfgen.systems",
+    "hfgen.cards",
+    "hfgen.downloads",
+    "hfgen.official",
+}
 ALLOWED = {
     "hfgen": {"hfgen.hub"},
     "hfgen.hub": set(),
@@ -30,8 +38,13 @@ ALLOWED = {
     "hfgen.images": {"hfgen.data"},
     "hfgen.systems": set(),
     "hfgen.auto": {"hfgen"},
+    "hfgen.cards": {"hfgen", "hfgen.systems"},
+    "hfgen.publishing": {"hfgen", "hfgen.cards"},
+    "hfgen.downloads": set(),
+    "hfgen.official": TRAINING | {"hfgen", "hfgen.auto", "hfgen.cards", "hfgen.downloads", "hfgen.systems"},
     "hfgen.models": set(),
     "hfgen.models.modeling": set(),
+    "hfgen.models.untrusted": set(),
     "hfgen.models.layers": set(),
     "hfgen.models.quantizers": LAYERS,
     "hfgen.models.tokenizers": QUANTIZERS,
@@ -43,7 +56,7 @@ ALLOWED = {
     "hfgen.losses": LAYERS,
     "hfgen.data": set(),
     "hfgen.evaluation": MODELS | {"hfgen.data", "hfgen.images"},
-    "hfgen.training": TRAINING,
+    "hfgen.training": TRAINING | {"hfgen", "hfgen.cards"},
     "hfgen.commands": TOP,
     "hfgen.cli": {"hfgen", "hfgen.commands"},
     "hfgen.__main__": {"hfgen.cli"},

@@ -39,7 +39,7 @@ def test_every_folder_with_code_is_a_package(arguments):
 def test_metadata(arguments):
     assert arguments["version"] == hfgen.__version__
     assert arguments["entry_points"]["console_scripts"] == ["hfgen = hfgen.cli:main"]
-    assert set(arguments["extras_require"]) == {"train", "eval", "lora", "test"}
+    assert set(arguments["extras_require"]) == {"train", "eval", "lora", "adamw8bit", "deepspeed", "test"}
 
 
 def requirement_names(requirements: list[str]) -> set[str]:
@@ -56,7 +56,7 @@ def test_every_requirement_has_a_tested_version(arguments):
 
 def test_imports_are_required(arguments):
     """The package imports nothing that only another package happens to bring along."""
-    extras = [line for extra in ("train", "eval", "lora") for line in arguments["extras_require"][extra]]
+    extras = [line for extra, lines in arguments["extras_require"].items() if extra != "test" for line in lines]
     distribution = {"PIL": "pillow", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
     allowed = requirement_names([*arguments["install_requires"], *extras])
     for folder in MAPPED:
@@ -74,4 +74,3 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module.partition(".")[0])
     return names
-

@@ -26,11 +26,15 @@ def push(folder: Path) -> None:
         model.push_to_hub(f"tester/{name}")
         model.push_to_hub(f"tester/{name}")  # nothing changed: no commit
         model.push_to_hub(f"tester/{name}", subfolder="inside")
+        # A branch with several small files of weights, and the way through save_pretrained to a private repository.
+        model.push_to_hub(f"tester/{name}", revision="shards", max_shard_size="5KB")
+        model.save_pretrained(str(folder / f"{name}-saved"), push_to_hub=True, repo_id=f"{name}-saved", private=True)
         model.half().push_to_hub(f"tester/{name}", variant="fp16", create_pr=True)
     for name in PIPELINES:
         pipeline = build_pipeline(name, **PIPELINES[name].arguments)
         save_file({"images": sample(pipeline, name).contiguous()}, folder / f"{name}.safetensors")
         pipeline.push_to_hub(f"tester/{name}")
+        pipeline.push_to_hub(f"tester/{name}", revision="with-code", with_pipeline_file=True)
 
 
 def pull(folder: Path) -> None:
@@ -61,7 +65,9 @@ def pull(folder: Path) -> None:
             "AutoPipeline": same_images(hfgen.AutoPipeline.from_pretrained(repo), name),
             "offline": same_images(hfgen.AutoPipeline.from_pretrained(repo, local_files_only=True), name),
         }
-        by_code = DiffusionPipeline.from_pretrained(repo, custom_pipeline=str(folder / name), trust_remote_code=True)
+        by_code = DiffusionPipeline.from_pretrained(
+            repo, revision="with-code", custom_pipeline=repo, custom_revision="with-code", trust_remote_code=True
+        )
         report[name]["pipeline.py"] = same_images(by_code, name)
         for subfolder, model in case.components.items():
             loaders = {"hfgen.AutoModel": hfgen.AutoModel, "diffusers.AutoModel": AutoModel}
@@ -77,7 +83,10 @@ def pull(folder: Path) -> None:
         report[name] = {
             "own class": same_weights(getattr(hfgen, name).from_pretrained(repo), name),
             "AutoModel": same_weights(hfgen.AutoModel.from_pretrained(repo), name),
+            "offline": same_weights(hfgen.AutoModel.from_pretrained(repo, local_files_only=True), name),
             "subfolder": same_weights(hfgen.AutoModel.from_pretrained(repo, subfolder="inside"), name),
+            "branch of shards": same_weights(hfgen.AutoModel.from_pretrained(repo, revision="shards"), name),
+            "save_pretrained": same_weights(hfgen.AutoModel.from_pretrained(f"{repo}-saved"), name),
             "pull request": same_weights(hfgen.AutoModel.from_pretrained(repo, **half), name, torch.float16),
         }
     first = next(iter(MODELS))

@@ -1,8 +1,9 @@
 """A Hub on the loopback interface, for tests that push and load for real.
 
-It keeps model repositories in memory and answers the requests that huggingface_hub makes when models and pipelines
-are pushed and loaded: create, info, tree, preupload, LFS upload, commit, resolve. ``*.safetensors`` go through LFS.
-Clients need ``HubServer.environment`` set before huggingface_hub is imported, so they run in their own process.
+It keeps repositories in memory and answers the requests that huggingface_hub makes when models, pipelines and data
+sets are pushed and loaded: create, info, tree, preupload, LFS upload, commit, resolve. Weights go through LFS. The one
+token belongs to the user ``tester``, who reads everything and writes to ``tester/...``. Clients need
+``HubServer.environment`` set before huggingface_hub is imported, so they run in their own process.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.request import Request, urlopen
 
 Files = dict[str, bytes]
 
@@ -25,6 +29,10 @@ class Repository:
 
     commits: dict[str, Files] = field(default_factory=lambda: {_sha1(b""): {}})
     refs: dict[str, str] = field(default_factory=lambda: {"main": _sha1(b"")})
+    private: bool = False
+
+    def files(self, revision: str = "main") -> Files:
+        return self.commits[self.refs[revision]]
 
     def resolve(self, revision: str) -> str | None:
         sha = self.refs.get(revision, revision)
@@ -41,15 +49,22 @@ class HubServer:
     """``with HubServer() as hub``: serves on a free port until the block ends.
 
     Attributes:
-        repositories: by id, such as ``"tester/model"``.
+        repositories: by id, such as ``"tester/model"``; a data set has the id ``"datasets/tester/name"``.
         url: address of the server.
+        requests: method and path of each request, in order.
+        drops: pattern of "METHOD path" -> how many more such requests lose their connection instead of an answer.
+        corrupted: paths of files that arrive with another content than was stored.
     """
 
     token = "hf_test"
+    user = "tester"
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.lfs_objects: dict[str, bytes] = {}
+        self.requests: list[str] = []
+        self.drops: dict[str, float] = {}
+        self.corrupted: set[str] = set()
         self.lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
@@ -77,6 +92,13 @@ class HubServer:
         }
 
 
+def set_faults(url: str, *, drops: Mapping[str, int] | None = None, corrupted: Sequence[str] = ()) -> None:
+    """From a client: replace ``HubServer.drops`` and ``HubServer.corrupted`` of the server at ``url``."""
+    body = json.dumps([drops or {}, list(corrupted)]).encode()
+    with urlopen(Request(f"{url}/control", data=body, method="POST")) as answer:
+        answer.read()
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"  # keep-alive: every answer carries its exact length
@@ -101,13 +123,27 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._read_body()
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
+        # A data set is a repository whose id starts with `datasets/`, as in the addresses of its files.
+        path = url.path.replace("/api/datasets/", "/api/models/datasets/", 1)
         with self.hub.lock:
+            if url.path == "/control":  # a test asks for faults
+                self.hub.drops, self.hub.corrupted = (
+                    kind(value) for kind, value in zip((dict, set), json.loads(body))
+                )
+                return self._json({})
+            request = f"{self.command} {path}"
+            self.hub.requests.append(request)
+            for pattern, left in self.hub.drops.items():
+                if left > 0 and re.search(pattern, request):
+                    self.hub.drops[pattern] = left - 1
+                    self.close_connection = True
+                    return self.connection.shutdown(socket.SHUT_RDWR)
             if url.path.startswith("/lfs/"):  # the address in the batch answer is the permission
                 return self._put_lfs_object(url.path.removeprefix("/lfs/"), body)
             if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
                 return self._json({"error": "Invalid credentials"}, status=401)
             for method, pattern, handle in _ROUTES:
-                match = re.fullmatch(pattern, url.path)
+                match = re.fullmatch(pattern, path)
                 if match and self.command in method:
                     return handle(self, body, *(unquote(group or "") for group in match.groups()))
             return self._json({"error": f"No route for {self.command} {url.path}"}, status=501)
@@ -148,15 +184,48 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self, body: bytes) -> None:
         request = json.loads(body)
-        repo_id = f"{request.get('organization') or 'tester'}/{request['name']}"
+        name = f"{request.get('organization') or self.hub.user}/{request['name']}"
+        repo_id = f"datasets/{name}" if request.get("type") == "dataset" else name
+        if not self._may_write(repo_id):
+            return None
         exists = repo_id in self.hub.repositories
-        self.hub.repositories.setdefault(repo_id, Repository())
-        self._json({"url": f"{self.hub.url}/{repo_id}", "name": repo_id}, status=409 if exists else 200)
+        private = request.get("visibility") == "private" or request.get("private") is True
+        self.hub.repositories.setdefault(repo_id, Repository(private=private))
+        return self._json({"url": f"{self.hub.url}/{repo_id}", "name": repo_id}, status=409 if exists else 200)
+
+    def _may_write(self, repo_id: str) -> bool:
+        allowed = repo_id.removeprefix("datasets/").startswith(f"{self.hub.user}/")
+        if not allowed:
+            self._json({"error": f"You don't have the rights to write to {repo_id}"}, status=403)
+        return allowed
+
+    def _auth_check(self, body: bytes, repo_id: str, write: str) -> None:
+        if self._find(repo_id, "main") and (not write or self._may_write(repo_id)):
+            self._json({})
+
+    def _create_branch(self, body: bytes, repo_id: str, branch: str) -> None:
+        if (found := self._find(repo_id, "main")) and self._may_write(repo_id):
+            exists = branch in found[0].refs
+            found[0].refs.setdefault(branch, found[1])
+            self._json({"error": "Reference already exists"} if exists else {}, status=409 if exists else 200)
+
+    def _refs(self, body: bytes, repo_id: str) -> None:
+        if found := self._find(repo_id, "main"):
+            branches = [
+                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha}
+                for name, sha in found[0].refs.items()
+                if not name.startswith("refs/")
+            ]
+            self._json({"branches": branches, "tags": [], "converts": []})
 
     def _info(self, body: bytes, repo_id: str, revision: str) -> None:
         if found := self._find(repo_id, revision):
-            siblings = [{"rfilename": path} for path in found[0].commits[found[1]]]
-            self._json({"id": repo_id, "sha": found[1], "siblings": siblings, "tags": [], "private": False})
+            files = found[0].commits[found[1]]
+            siblings = [{"rfilename": path} for path in files]
+            if self.query.get("blobs"):
+                siblings = [{"rfilename": path, **_entry(path, content)} for path, content in files.items()]
+            private, name = found[0].private, repo_id.removeprefix("datasets/")
+            self._json({"id": name, "sha": found[1], "siblings": siblings, "tags": [], "private": private})
 
     def _tree(self, body: bytes, repo_id: str, revision: str, folder: str) -> None:
         if found := self._find(repo_id, revision):
@@ -164,7 +233,19 @@ class _Handler(BaseHTTPRequestHandler):
             inside = {path: content for path, content in files.items() if path.startswith(folder and folder + "/")}
             if folder and not inside:
                 return self._missing("Entry")
-            self._json([_entry(path, content) for path, content in inside.items()])
+            entries = [_entry(path, content) for path, content in inside.items()]
+            if self.query.get("recursive", ["False"])[0].lower() != "true":
+                depth = folder.count("/") + 1 if folder else 0
+                folders = {"/".join(path.split("/")[: depth + 1]) for path in inside if path.count("/") > depth}
+                entries = [entry for entry in entries if entry["path"].count("/") == depth]
+                entries += [{"type": "directory", "path": path, "size": 0, "oid": _sha1(b"")} for path in folders]
+            self._json(entries)
+
+    def _paths_info(self, body: bytes, repo_id: str, revision: str) -> None:
+        if found := self._find(repo_id, revision):
+            asked = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode()).get("paths", [])
+            files = found[0].commits[found[1]]
+            self._json([_entry(path, files[path]) for path in asked if path in files])
 
     def _preupload(self, body: bytes, repo_id: str, revision: str) -> None:
         if found := self._find(repo_id, revision):
@@ -195,7 +276,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _commit(self, body: bytes, repo_id: str, revision: str) -> None:
         found = self._find(repo_id, revision)
-        if not found:
+        if not found or not self._may_write(repo_id):
             return
         repository, parent = found
         files = dict(repository.commits[parent])
@@ -208,6 +289,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.lfs_objects[value["oid"]]
             elif operation["key"] == "deletedFile":
                 del files[value["path"]]
+            elif operation["key"] == "deletedFolder":
+                files = {path: content for path, content in files.items() if not path.startswith(value["path"])}
         pull_request = self.query.get("create_pr") == ["1"]
         number = sum(ref.startswith("refs/pr/") for ref in repository.refs) + 1
         sha = repository.commit(f"refs/pr/{number}" if pull_request else revision, parent, files)
@@ -227,6 +310,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{entry["oid"]}"', "X_Repo_Commit": found[1]}
         if "lfs" in entry:
             headers |= {"X_Linked_Etag": f'"{entry["lfs"]["oid"]}"', "X_Linked_Size": str(len(content))}
+        if path in self.hub.corrupted:
+            content = bytes([content[0] ^ 1]) + content[1:]
         self._send(content, **headers)
 
     def _validate_card(self, body: bytes) -> None:
@@ -236,12 +321,16 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"type": "user", "name": "tester", "orgs": [], "auth": {"type": "access_token"}})
 
 
-_ID = r"([^/]+/[^/]+)"
+_ID = r"((?:datasets/)?[^/]+/[^/]+)"
 _ROUTES = [
     ("POST", r"/api/repos/create", _Handler._create),
     ("POST", r"/api/validate-yaml", _Handler._validate_card),
     ("GET", r"/api/whoami-v2", _Handler._whoami),
     ("GET", rf"/api/models/{_ID}(?:/revision/([^/]+))?", _Handler._info),
+    ("GET", rf"/api/models/{_ID}/auth-check(/write)?", _Handler._auth_check),
+    ("GET", rf"/api/models/{_ID}/refs", _Handler._refs),
+    ("POST", rf"/api/models/{_ID}/branch/([^/]+)", _Handler._create_branch),
+    ("POST", rf"/api/models/{_ID}/paths-info/([^/]+)", _Handler._paths_info),
     ("GET", rf"/api/models/{_ID}/tree/([^/]+)(?:/(.+))?", _Handler._tree),
     ("POST", rf"/api/models/{_ID}/preupload/([^/]+)", _Handler._preupload),
     ("POST", rf"/{_ID}\.git/info/lfs/objects/batch", _Handler._lfs_batch),
@@ -263,7 +352,7 @@ def _content_oid(path: str, content: bytes) -> str:
 
 
 def _is_lfs(path: str) -> bool:
-    return path.endswith(".safetensors")
+    return path.endswith((".safetensors", ".pth", ".pt", ".bin"))
 
 
 def _entry(path: str, content: bytes) -> dict:
@@ -272,5 +361,5 @@ def _entry(path: str, content: bytes) -> dict:
         return {"type": "file", "path": path, "size": len(content), "oid": _blob_oid(content)}
     sha256 = _content_oid(path, content)
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(content)}\n".encode()
-    lfs = {"oid": sha256, "size": len(content), "pointerSize": len(pointer)}
+    lfs = {"oid": sha256, "sha256": sha256, "size": len(content), "pointerSize": len(pointer)}
     return {"type": "file", "path": path, "size": len(content), "oid": _blob_oid(pointer), "lfs": lfs}

@@ -1,0 +1,85 @@
+"""Model cards: what a reader finds in them, and what stays out."""
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from hfgen.cards import CARD_FILE, portable, write_run_card, write_short_card
+from hfgen.publishing import write_pipeline_file
+from support.instances import MODELS, PIPELINES, build_model, build_pipeline
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a training run with two validations."""
+    folder = tmp_path / "runs" / "mine"
+    (folder / "validation").mkdir(parents=True)
+    settings = {"dataset": "user/photos", "resolution": 64, "flip": True, "limit": None, "num_validation_images": 8}
+    (folder / "training_config.json").write_text(json.dumps(settings | {"tokenizer": "/disk/of/somebody/tok/final"}))
+    records = [
+        {"step": 5, "validation/psnr": 10.0},
+        {"step": 9, "model/loss": 0.5},
+        {"step": 10, "validation/psnr": 12.345678, "validation/fid": None},
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for step, colour in ((5, "red"), (10, "blue")):
+        for name in ("reconstructions", "samples"):
+            Image.new("RGB", (2, 2), colour).save(folder / "validation" / f"step-{step:07d}_{name}.png")
+    return folder
+
+
+def write_card(run, folder, **changes):
+    arguments = {"command": "accelerate launch examples/train_any.py", "environment": "With hfgen.", **changes}
+    write_run_card(folder, run, **arguments)
+    return ModelCard.load(folder / CARD_FILE)
+
+
+@pytest.mark.parametrize("name", [*MODELS, *PIPELINES])
+def test_a_short_card_shows_how_to_use_each_class(name, tmp_path):
+    (build_pipeline(name) if name in PIPELINES else build_model(name)).save_pretrained(tmp_path)
+    write_short_card(tmp_path, "user/mine")
+    card = ModelCard.load(tmp_path / CARD_FILE)
+    assert card.data.library_name == "hfgen" and "hfgen" in card.data.tags and card.data.license is None
+    code = card.text.partition("```python\n")[2].partition("```")[0]
+    assert len(code.strip().splitlines()) <= 4
+    compile(code, name, "exec")
+    assert f'{name}.from_pretrained("user/mine")' in code and f"from hfgen import {name}" in code
+    assert "```bibtex" in card.text and "licence" in card.text.lower()
+
+
+def test_the_card_of_a_run(run, tmp_path):
+    build_model("MultiScaleVQVAE").save_pretrained(tmp_path)
+    card = write_card(run, tmp_path, licence="CC-BY-NC-4.0", repo_id="user/mine")
+    assert card.data.license == "cc-by-nc-4.0" and card.data.datasets == ["user/photos"]
+    assert "https://huggingface.co/datasets/user/photos" in card.text and "random mirroring" in card.text
+    assert "| psnr | 12.35 |" in card.text and "after step 10, on 8 images" in card.text and "fid" not in card.text
+    assert card.text.index("samples.png") < card.text.index("reconstructions.png")
+    with Image.open(tmp_path / "samples.png") as image:
+        assert image.getpixel((0, 0)) == (0, 0, 255)  # of the last validation
+    assert "training_curve.png" not in card.text  # the run has none
+    record = json.loads((tmp_path / "training_config.json").read_text())
+    assert record["tokenizer"] == "tok/final" and "somebody" not in card.text
+
+
+def test_a_run_without_validation_or_licence(run, tmp_path):
+    (run / "log.jsonl").write_text("")
+    build_model("MultiScaleVQVAE").save_pretrained(tmp_path)
+    card = write_card(run, tmp_path)
+    assert "## Results" not in card.text and "None was stated" in card.text and card.data.license is None
+    card = write_card(run, tmp_path, licence="My own terms")
+    assert (card.data.license, card.data.license_name) == ("other", "My own terms")
+
+
+def test_settings_lose_the_folders_of_one_machine():
+    values = ("/disk/of/me/runs/tok", "runs/tok", "user/tok", 3, None, "/tok")
+    assert [portable(value) for value in values] == ["runs/tok", "runs/tok", "user/tok", 3, None, "tok"]
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(ValueError, match=r"holds neither model_index.json nor config.json"):
+        write_short_card(tmp_path)
+    build_model("MultiScaleVQVAE").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no pipeline of hfgen, so there is no pipeline.py"):
+        write_pipeline_file(tmp_path)
