@@ -1,3 +1,6 @@
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,3 +88,13 @@ def test_diversity():
     collapsed = diversity(judge_shapes(images[one]))
     assert collapsed["cells"]["centre"] == 1 and collapsed["cell_entropy"] == 0 and collapsed["sizes"]["large"] == 1
     assert diversity(judge_shapes(torch.zeros(3, 3, 32, 32)))["cell_entropy"] == 0
+
+
+@pytest.mark.parametrize("radius", [0.095, 0.12, 0.128, 0.14, 0.16])
+def test_the_shape_of_an_object_between_the_sizes_is_read(radius):
+    """A generator also draws objects of sizes that the data does not have."""
+    scenes = draw_scenes(range(500), seed=7)
+    images, _ = render(dataclasses.replace(scenes, radius=np.full_like(scenes.radius, radius)), 32)
+    reading = judge_shapes(torch.from_numpy(images).permute(0, 3, 1, 2))
+    assert (reading.shape == torch.from_numpy(scenes.shape[:, 0])).float().mean() > 0.99
+    assert (reading.size == int(radius > 0.128)).float().mean() > 0.99 or radius == 0.128
