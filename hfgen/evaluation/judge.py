@@ -3,8 +3,8 @@
 The background is the median of the border. The pixels farthest from it give the object's colour, and with both the
 share of every pixel that the object covers. A window around the centroid of that coverage is compared with rendered
 objects of all shapes and of radii from below the smallest to above the largest: a generated object between the two
-sizes keeps its shape and counts as the nearer size. An object is ``found`` if the best one, painted on the background, explains more than
-half of the image's deviation from the background; noise and blank images have none.
+sizes keeps its shape and counts as the nearer size. An object is ``found`` if the best one, painted on the background,
+explains more than half of the image's deviation from the background; noise and blank images have none.
 
 The steps work on one dominant object. More objects would be read one after another, each erased before the next.
 """
