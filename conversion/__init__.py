@@ -21,7 +21,13 @@ from hfgen.models.modeling import HFGenModel
 from hfgen.models.untrusted import MAX_CONFIG_BYTES, read_json_object
 
 # System -> module of this package; the module's CONVERTERS maps the system to its parts by name.
-_MODULES = {"var": "var", "var_vqvae": "var"}
+_MODULES = {
+    "var": "var",
+    "var_vqvae": "var",
+    "maskgit_vqgan": "maskgit_vqgan",
+    "titok": "titok",
+    "maskgit": "maskgit",
+}
 
 __all__ = [
     "ReleasedCheckpoint",

@@ -29,6 +29,7 @@ class System:
         code: owner/name of the repository whose checkpoints and behaviour hfgen follows, None if there is none.
         weights_licence: licence of the released weights; None when no weights were released.
         tokenizer, generator, pipeline: class names that ``hfgen`` exports, None while missing or not applicable.
+        variants: further classes of the same system.
         converter: system name for ``hfgen.conversion.load_original``.
         examples: training scripts, relative to the repository root.
         zoo: folder below ``zoo/`` with a small trained pipeline.
@@ -45,6 +46,7 @@ class System:
     tokenizer: str | None = None
     generator: str | None = None
     pipeline: str | None = None
+    variants: tuple[str, ...] = ()
     converter: str | None = None
     examples: tuple[str, ...] = ()
     zoo: str | None = None
@@ -52,8 +54,9 @@ class System:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class names of the row, in the order tokenizer, generator, pipeline."""
-        return tuple(name for name in (self.tokenizer, self.generator, self.pipeline) if name is not None)
+        """The class names of the row, in the order tokenizer, generator, pipeline, variants."""
+        named = (self.tokenizer, self.generator, self.pipeline, *self.variants)
+        return tuple(name for name in named if name is not None)
 
     @property
     def status(self) -> str:
@@ -132,6 +135,8 @@ SYSTEMS: tuple[System, ...] = (
         key="titok", title="TiTok", published="NeurIPS 2024", arxiv="2406.07550",
         paper="An Image is Worth 32 Tokens for Reconstruction and Generation",
         code="bytedance/1d-tokenizer", weights_licence="Apache-2.0",
+        tokenizer="TiTok", generator="ImageBert", pipeline="MaskGITPipeline", variants=("UViTBert",),
+        converter="titok",
         notes="A short sequence of tokens without a grid.",
     ),
     System(
@@ -211,6 +216,7 @@ SYSTEMS: tuple[System, ...] = (
         key="maskgit", title="MaskGIT", published="CVPR 2022", arxiv="2202.04200",
         paper="MaskGIT: Masked Generative Image Transformer",
         code="google-research/maskgit", weights_licence="none stated (code Apache-2.0)",
+        tokenizer="MaskGITVQGAN", generator="MaskGITTransformer", pipeline="MaskGITPipeline", converter="maskgit",
         notes="Parallel decoding of masked tokens; its tokenizer also serves TiTok and RAR.",
     ),
     System(

@@ -63,8 +63,8 @@ class LPIPS(nn.Module):
             ValueError: if a file is missing or does not hold the expected tensors; the message says where to get it.
         """
         model = cls()
-        vgg = _read(_find(source, VGG_FILES))
-        linear = _read(_find(source, LINEAR_FILES))
+        vgg = read_weights(find_weights(source, VGG_FILES, HOW_TO_GET))
+        linear = read_weights(find_weights(source, LINEAR_FILES, HOW_TO_GET))
         weights = {name: vgg[name] for name in model.state_dict() if name in vgg}
         weights |= {
             f"lins.{k}": linear[f"lin{k}.model.1.weight"] for k in range(5) if f"lin{k}.model.1.weight" in linear
@@ -98,31 +98,36 @@ def _unit_channels(features: Tensor) -> Tensor:
     return features / (features.square().sum(dim=1, keepdim=True).clamp_min(1e-20).sqrt() + 1e-10)
 
 
-def _find(source: str | PathLike, names: tuple[str, ...]) -> Path:
-    """The local path of the first of ``names`` that the folder or Hub repository has."""
+def find_weights(source: str | PathLike, names: tuple[str, ...], how_to_get: str) -> Path:
+    """The local path of the first of ``names`` that the folder or Hub repository ``source`` has.
+
+    Raises:
+        ValueError: there is none, or the repository cannot be read; the message ends with ``how_to_get``.
+    """
     folder = Path(source)
     if folder.is_dir():
         for name in names:
             if (folder / name).is_file():
                 return folder / name
-        raise ValueError(f"{folder} has no {' or '.join(names)}. {HOW_TO_GET}")
+        raise ValueError(f"{folder} has no {' or '.join(names)}. {how_to_get}")
     for name in names:
         try:
             return Path(hf_hub_download(str(source), name))
         except LocalEntryNotFoundError as error:
             raise ValueError(
-                f"{source} is no local folder and could not be reached on the Hub. {HOW_TO_GET}"
+                f"{source} is no local folder and could not be reached on the Hub. {how_to_get}"
             ) from error
         except EntryNotFoundError:
             continue
         except (HFValidationError, HfHubHTTPError) as error:
             raise ValueError(
-                f"{source} is neither a local folder nor a readable Hub repository. {HOW_TO_GET}"
+                f"{source} is neither a local folder nor a readable Hub repository. {how_to_get}"
             ) from error
-    raise ValueError(f"The Hub repository {source} has no {' or '.join(names)}. {HOW_TO_GET}")
+    raise ValueError(f"The Hub repository {source} has no {' or '.join(names)}. {how_to_get}")
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def read_weights(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a safetensors or PyTorch file; nothing in it is run."""
     if path.suffix == ".safetensors":
         return load_file(path)
     return torch.load(path, map_location="cpu", weights_only=True)

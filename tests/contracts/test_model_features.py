@@ -18,7 +18,6 @@ def models_with(feature) -> list[str]:
 ATTENTION_MODELS = models_with(lambda model_class: hasattr(model_class, "set_attention_backend"))
 FUSABLE_MODELS = models_with(lambda model_class: hasattr(model_class, "fuse_qkv_projections"))
 CHECKPOINTING_MODELS = models_with(lambda model_class: model_class._supports_gradient_checkpointing)
-PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 @pytest.fixture
@@ -86,7 +85,7 @@ def test_lora(name):
     expected = run(name, model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model.add_adapter(LoraConfig(r=2, target_modules=PROJECTIONS, init_lora_weights=False))
+        model.add_adapter(LoraConfig(r=2, target_modules=list(MODELS[name].lora_targets), init_lora_weights=False))
     trained = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained and all("lora" in key for key in trained)
     adapted = run(name, model)

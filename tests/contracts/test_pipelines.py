@@ -32,7 +32,8 @@ def test_save_and_load(name, tmp_path):
     assert index["_class_name"] == name
     # Loading from the Hub takes every list for a component, so other arguments are stored as something else.
     lists = {key: value for key, value in index.items() if isinstance(value, list)}
-    assert lists == {component: ["hfgen", model] for component, model in PIPELINES[name].components.items()}
+    parts = {**PIPELINES[name].components, **PIPELINES[name].schedulers}
+    assert lists == {component: ["hfgen", part] for component, part in parts.items()}
     loaded = type(pipeline).from_pretrained(tmp_path)
     for argument in PIPELINES[name].arguments:
         assert loaded.config[argument] == pipeline.config[argument] is not None
@@ -236,7 +237,7 @@ def test_model_cpu_offload(name):
 
 def test_a_call_leaves_no_trace_on_the_components(name):
     pipeline = build_pipeline(name)
-    modules = [module for component in pipeline.components.values() for module in component.modules()]
+    modules = [module for key in PIPELINES[name].components for module in getattr(pipeline, key).modules()]
     attributes = [set(vars(module)) for module in modules]
     weights = [tensor.clone() for module in modules for tensor in module.state_dict().values()]
     sample(pipeline, name)

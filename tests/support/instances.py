@@ -30,6 +30,7 @@ class ModelCase:
             the way, so that it can be compared over dtypes.
         entry_points: for each public method beside ``forward`` that runs weights, a call of (model, inputs).
         float32_outputs: outputs that are float32 whatever the dtype of the model.
+        lora_targets: modules that adapters are trained for; those of attention unless the model has none.
     """
 
     arguments: Mapping[str, Any]
@@ -37,6 +38,7 @@ class ModelCase:
     smooth: Callable[[nn.Module, dict[str, Tensor]], Tensor]
     entry_points: Mapping[str, Callable[[nn.Module, dict[str, Tensor]], Any]] = field(default_factory=dict)
     float32_outputs: frozenset[str] = frozenset({"loss"})
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class PipelineCase:
         changeable: tensors that a callback may replace.
         read_directly: parts of components whose weights a call reads without the component's hooks, as
             ``"component.part"``; the pipeline itself brings them to its device.
+        schedulers: constructor argument -> name of a public scheduler.
     """
 
     components: Mapping[str, str]
@@ -69,6 +72,7 @@ class PipelineCase:
     steps: int
     changeable: tuple[str, ...]
     read_directly: tuple[str, ...] = ()
+    schedulers: Mapping[str, str] = field(default_factory=dict)
 
 
 def draws(*shape: int) -> Tensor:
@@ -80,11 +84,70 @@ def labels(batch: int, num_classes: int) -> Tensor:
     return torch.arange(batch) % num_classes
 
 
+# The sizes of a masked-token generator for the tiny MaskGITVQGAN.
+MASKED_SIZES = {
+    "num_codes": 16,
+    "num_tokens": 16,
+    "num_classes": 5,
+    "hidden_size": 16,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "class_dropout": 0.0,
+}
+
+
+def masked_inputs(batch: int) -> dict[str, Tensor]:
+    """Codes of which every third is masked."""
+    codes = torch.stack([torch.randint(16, (16,), generator=generator(row)) for row in range(batch)])
+    codes[:, ::3] = 16
+    return {"codes": codes, "class_labels": labels(batch, 6)}
+
+
 def _vqvae_latents(batch: int) -> Tensor:
     return draws(batch, 8, 4, 4)
 
 
 MODELS: dict[str, ModelCase] = {
+    "ImageBert": ModelCase(
+        arguments={**MASKED_SIZES, "dropout": 0.0, "attention_dropout": 0.0},
+        inputs=lambda batch: masked_inputs(batch),
+        smooth=lambda model, inputs: model(**inputs).logits,
+        entry_points={"forward_positions": lambda model, inputs: _first_positions(model, inputs)},
+        float32_outputs=frozenset({"logits"}),
+        lora_targets=("query", "key", "value"),  # BERT is that of transformers
+    ),
+    "MaskGITTransformer": ModelCase(
+        arguments={**MASKED_SIZES, "unconditional_class": True, "dropout": 0.0},
+        inputs=lambda batch: masked_inputs(batch),
+        smooth=lambda model, inputs: model(**inputs).logits,
+        entry_points={
+            "forward_positions": lambda model, inputs: _first_positions(model, inputs),
+            "forward_vocabulary": lambda model, inputs: model.forward_vocabulary(**inputs),
+        },
+        float32_outputs=frozenset({"logits"}),
+        lora_targets=("query", "key", "value"),
+    ),
+    "MaskGITVQGAN": ModelCase(
+        arguments={
+            "num_codes": 16,
+            "latent_channels": 8,
+            "base_channels": 4,
+            "channel_multipliers": (1, 2),
+            "layers_per_block": 1,
+            "norm_num_groups": 2,
+            "image_size": 8,
+        },
+        inputs=lambda batch: {"pixels": draws(batch, 3, 8, 8).clamp(-1, 1)},
+        smooth=lambda model, inputs: model.decode(_vqvae_latents(len(inputs["pixels"]))).sample,
+        entry_points={
+            "encode": lambda model, inputs: model.encode(**inputs),
+            "features": lambda model, inputs: model.features(**inputs),
+            "decode": lambda model, inputs: model.decode(_vqvae_latents(1)),
+            "decode_codes": lambda model, inputs: model.decode_codes(torch.zeros(1, 16, dtype=torch.long)),
+        },
+        lora_targets=("conv1", "conv2"),
+    ),
     "MultiScaleVQVAE": ModelCase(
         arguments={
             "num_codes": 16,
@@ -106,6 +169,37 @@ MODELS: dict[str, ModelCase] = {
                 torch.zeros(1, NUM_TOKENS, dtype=torch.long)
             ),
         },
+    ),
+    "TiTok": ModelCase(
+        arguments={
+            "image_size": 8,
+            "encoder_patch_size": 4,
+            "decoder_patch_size": 2,
+            "num_latent_tokens": 4,
+            "latent_channels": 6,
+            "num_codes": 16,
+            "encoder_width": 16,
+            "encoder_layers": 2,
+            "encoder_heads": 2,
+            "decoder_width": 24,
+            "decoder_layers": 1,
+            "decoder_heads": 2,
+        },
+        inputs=lambda batch: {"pixels": draws(batch, 3, 8, 8).clamp(-1, 1)},
+        smooth=lambda model, inputs: model.decode(draws(len(inputs["pixels"]), 4, 6)).sample,
+        entry_points={
+            "encode": lambda model, inputs: model.encode(**inputs),
+            "features": lambda model, inputs: model.features(**inputs),
+            "decode": lambda model, inputs: model.decode(draws(1, 4, 6)),
+            "decode_codes": lambda model, inputs: model.decode_codes(torch.zeros(1, 4, dtype=torch.long)),
+        },
+    ),
+    "UViTBert": ModelCase(
+        arguments=MASKED_SIZES,
+        inputs=lambda batch: masked_inputs(batch),
+        smooth=lambda model, inputs: model(**inputs).logits,
+        entry_points={"forward_positions": lambda model, inputs: _first_positions(model, inputs)},
+        float32_outputs=frozenset({"logits"}),
     ),
     "VARTransformer": ModelCase(
         arguments={
@@ -130,6 +224,12 @@ MODELS: dict[str, ModelCase] = {
 }
 
 QUANTIZERS: dict[str, QuantizerCase] = {
+    "ClusteringVectorQuantizer": QuantizerCase(
+        arguments={"num_codes": 16, "code_dim": 8}, latents=lambda batch: draws(batch, 16, 8)
+    ),
+    "EntropyVectorQuantizer": QuantizerCase(
+        arguments={"num_codes": 16, "code_dim": 8}, latents=lambda batch: draws(batch, 16, 8)
+    ),
     "MultiScaleResidualQuantizer": QuantizerCase(
         arguments={"num_codes": 16, "code_dim": 8, "patch_nums": PATCH_NUMS, "num_residual_convs": 2},
         latents=_vqvae_latents,
@@ -139,7 +239,20 @@ QUANTIZERS: dict[str, QuantizerCase] = {
     ),
 }
 
+SCHEDULERS: dict[str, Mapping[str, Any]] = {
+    "MaskedTokenScheduler": {"num_inference_steps": 4, "guidance_scale": 2.0, "guidance_schedule": "linear"},
+}
+
 PIPELINES: dict[str, PipelineCase] = {
+    "MaskGITPipeline": PipelineCase(
+        components={"vq_model": "MaskGITVQGAN", "transformer": "MaskGITTransformer"},
+        schedulers={"scheduler": "MaskedTokenScheduler"},
+        arguments={"class_names": ["red", "green", "blue", "cyan", "pink"]},
+        condition=lambda count: {"class_labels": labels(count, 5).tolist()},
+        single={"class_labels": 0},
+        steps=4,
+        changeable=(),  # what replaces codes must be codes, which tests/pipelines/test_maskgit.py does
+    ),
     "VARPipeline": PipelineCase(
         components={"vq_model": "MultiScaleVQVAE", "transformer": "VARTransformer"},
         arguments={"class_names": ["red", "green", "blue", "cyan", "pink"]},
@@ -165,9 +278,15 @@ def build_quantizer(name: str, **changes: Any) -> nn.Module:
 def build_pipeline(name: str, **arguments: Any):
     """The tiny pipeline, with its progress bar off; ``arguments`` are those that it can do without."""
     components = {argument: build_model(model) for argument, model in PIPELINES[name].components.items()}
+    for argument, scheduler in PIPELINES[name].schedulers.items():
+        components[argument] = getattr(hfgen, scheduler)(**SCHEDULERS[scheduler])
     pipeline = getattr(hfgen, name)(**components, **arguments)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _first_positions(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    return model.forward_positions(**inputs, positions=torch.zeros(len(inputs["codes"]), 1, dtype=torch.long))
 
 
 def _first_scale(model: nn.Module, class_labels: Tensor) -> Tensor:
