@@ -40,7 +40,7 @@ def reconstruction(pipe: VARPipeline, data: ShapesData, batch_size: int) -> dict
 
 
 def generation(
-    pipe: VARPipeline, guidance_scale: float, per_class: int, batch_size: int, seed: int
+    pipe: VARPipeline, guidance_scale: float, temperature: float, per_class: int, batch_size: int, seed: int
 ) -> tuple[dict, dict]:
     """Judge accuracy of the requested class, and how evenly size and cell are spread."""
     labels = torch.arange(len(CLASS_NAMES)).repeat_interleave(per_class)
@@ -50,6 +50,7 @@ def generation(
             pipe(
                 labels[part].tolist(),
                 guidance_scale=guidance_scale,
+                temperature=temperature,
                 top_k=0,
                 top_p=1.0,
                 generator=[generator(seed, index) for index in part.tolist()],
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000, help="unseen images to reconstruct")
     parser.add_argument("--per_class", type=int, default=50, help="images to generate of each class")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="guidance scales")
+    parser.add_argument("--temperature", type=float, default=1.0, help="divides the guided logits")
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--path", type=Path, help="measure this pipeline folder instead of the bundled one")
@@ -83,12 +85,15 @@ def main() -> None:
     print(f"Reconstruction of {len(data)} unseen images:")
     for name, value in results["reconstruction"].items():
         print(f"  {name:24s} {value:.4f}")
-    print(f"Generation, {arguments.per_class} images of each of {len(CLASS_NAMES)} classes, judge accuracy:")
+    made = f"{arguments.per_class} images of each of {len(CLASS_NAMES)} classes"
+    print(f"Generation, {made}, temperature {arguments.temperature:g}, judge accuracy:")
     print("| guidance | class | worst class | shape | colour | object found |")
     print("|---|---|---|---|---|---|")
     spread = {}
     for scale in arguments.guidance:
-        accuracy, spread = generation(pipe, scale, arguments.per_class, arguments.batch_size, arguments.seed)
+        accuracy, spread = generation(
+            pipe, scale, arguments.temperature, arguments.per_class, arguments.batch_size, arguments.seed
+        )
         results["generation"][f"{scale:g}"] = accuracy | spread
         cells = [accuracy[name] for name in ("label", "worst_class", "shape", "colour", "found")]
         print(f"| {scale:g} | " + " | ".join(f"{value:.1%}" for value in cells) + " |")
