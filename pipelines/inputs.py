@@ -13,16 +13,19 @@ ClassLabels = int | str | Sequence[int | str] | Tensor
 Images = PIL.Image.Image | Sequence[PIL.Image.Image] | Tensor
 
 
-def class_ids(class_labels: ClassLabels, names: Sequence[str] | None, highest: int) -> list[int]:
+def class_ids(
+    class_labels: ClassLabels, names: Sequence[str] | None, num_classes: int, *, unconditional: bool
+) -> list[int]:
     """Class labels, given by index or name, as a list of indices.
 
     Args:
         class_labels: one or several.
         names: name of each class, None if there are none.
-        highest: the largest index that is allowed.
+        num_classes: how many there are.
+        unconditional: whether ``num_classes`` itself stands for no class.
 
     Raises:
-        ValueError: an unknown name, an index outside [0, highest], or no labels at all.
+        ValueError: an unknown name, an index that is no class, or no labels at all.
     """
     if isinstance(class_labels, Tensor):
         class_labels = class_labels.flatten().tolist()
@@ -36,8 +39,11 @@ def class_ids(class_labels: ClassLabels, names: Sequence[str] | None, highest: i
                 known = ", ".join(names) if names else "none, this pipeline stores no class names"
                 raise ValueError(f"Unknown class name {label!r}; known are: {known}.")
             label = names.index(label)
-        if not 0 <= label <= highest:
-            raise ValueError(f"Class label {label} is out of range; the transformer knows 0 to {highest}.")
+        if not 0 <= label < num_classes + unconditional:
+            more = f", and {num_classes} (or None) is unconditional" if unconditional else ""
+            raise ValueError(
+                f"Class label {label} is out of range; the transformer has the classes 0 to {num_classes - 1}{more}."
+            )
         ids.append(label)
     if not ids:
         raise ValueError("class_labels is empty; give at least one label.")

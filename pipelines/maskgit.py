@@ -129,8 +129,8 @@ class MaskGITPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
             if unconditional is None:
                 raise ValueError("This transformer has no unconditional class: give class_labels.")
             class_labels = [unconditional]
-        highest = self.transformer.config.num_classes - (unconditional is None)
-        ids = class_ids(class_labels, self.class_names, highest)
+        num_classes = self.transformer.config.num_classes
+        ids = class_ids(class_labels, self.class_names, num_classes, unconditional=unconditional is not None)
         return torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)
 
     def prepare_edit(

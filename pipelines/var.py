@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
@@ -19,14 +18,12 @@ from hfgen.models.generators.var import VARTransformer
 from hfgen.models.modeling import PortablePipelineMixin
 from hfgen.models.quantizers.multiscale import MultiScaleResidualQuantizer
 from hfgen.models.tokenizers.multiscale_vqvae import MultiScaleVQVAE
+from hfgen.pipelines.inputs import ClassLabels, Images, class_ids, ordered_class_names, to_mask, to_pixels
 from hfgen.pipelines.outputs import ImageGenerationOutput
 from hfgen.publishing import PublishMixin
 from hfgen.sampling.guidance import guide, resolve_guidance
 from hfgen.sampling.logits import exponential_draws, filter_logits, sample_codes
 from hfgen.sampling.next_scale import keep_mask_at_scale, smooth_probabilities
-
-ClassLabels = int | str | Sequence[int | str] | Tensor | None
-Images = PIL.Image.Image | Sequence[PIL.Image.Image] | Tensor
 
 
 class VARPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
@@ -51,8 +48,7 @@ class VARPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         class_names: Sequence[str] | Mapping[str, str] | None = None,
     ):
         super().__init__()
-        if isinstance(class_names, Mapping):
-            class_names = [class_names[str(label)] for label in range(len(class_names))]
+        class_names = ordered_class_names(class_names)
         _check_components(vq_model, transformer, class_names)
         self.register_modules(vq_model=vq_model, transformer=transformer)
         # No list: loading from the Hub takes every list in model_index.json for a component.
@@ -101,7 +97,7 @@ class VARPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
             )
 
     def prepare_labels(
-        self, class_labels: ClassLabels, num_images_per_prompt: int, device: torch.device | str
+        self, class_labels: ClassLabels | None, num_images_per_prompt: int, device: torch.device | str
     ) -> Tensor:
         """Labels as (B,) int64, each repeated ``num_images_per_prompt`` times; None is the unconditional class.
 
@@ -109,28 +105,9 @@ class VARPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
             ValueError: an unknown name, or a label outside [0, num_classes].
         """
         num_classes = self.transformer.config.num_classes
-        if class_labels is None:
-            class_labels = [num_classes]
-        elif isinstance(class_labels, Tensor):
-            class_labels = class_labels.flatten().tolist()
-        elif isinstance(class_labels, (int, str)):
-            class_labels = [class_labels]
-        names = self.class_names or []
-        ids = []
-        for label in class_labels:
-            if isinstance(label, str):
-                if label not in names:
-                    known = ", ".join(names) if names else "none, this pipeline stores no class names"
-                    raise ValueError(f"Unknown class name {label!r}; known are: {known}.")
-                label = names.index(label)
-            if not 0 <= label <= num_classes:
-                raise ValueError(
-                    f"Class label {label} is out of range; the transformer has the classes 0 to {num_classes - 1}, "
-                    f"and {num_classes} (or None) is unconditional."
-                )
-            ids.append(label)
-        if not ids:
-            raise ValueError("class_labels is empty; give at least one label, or None for unconditional images.")
+        ids = class_ids(
+            num_classes if class_labels is None else class_labels, self.class_names, num_classes, unconditional=True
+        )
         return torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)
 
     def prepare_edit(
@@ -146,14 +123,14 @@ class VARPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         Returns:
             Codes per scale, each (B, p_k^2), and the keep mask (B, 1, P, P) float.
         """
-        pixels = _to_pixels(image)
+        pixels = to_pixels(image)
         side = self.vq_model.image_size
         if pixels.shape[-2:] != (side, side):
             raise ValueError(
                 f"The image to edit is {pixels.shape[-1]}x{pixels.shape[-2]} pixels, but the model makes "
                 f"{side}x{side}; resize or crop it, for example with image.resize(({side}, {side}))."
             )
-        repaint = _to_mask(mask_image)
+        repaint = to_mask(mask_image)
         for name, value in (("image", pixels), ("mask_image", repaint)):
             if value.shape[0] not in (1, batch_size):
                 raise ValueError(
@@ -182,7 +159,7 @@ class VARPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: ClassLabels = None,
+        class_labels: ClassLabels | None = None,
         *,
         num_images_per_prompt: int = 1,
         guidance_scale: float = 2.5,
@@ -331,31 +308,3 @@ def _check_components(
             )
     if class_names is not None and len(class_names) != generator.num_classes:
         raise ValueError(f"Got {len(class_names)} class_names for {generator.num_classes} classes; give one each.")
-
-
-def _to_pixels(image: Images) -> Tensor:
-    """(B, 3, H, W) float in [-1, 1]."""
-    if isinstance(image, Tensor):
-        if image.ndim != 4 or image.shape[1] != 3:
-            raise ValueError(f"An image tensor must be (B, 3, H, W) in [-1, 1], got shape {tuple(image.shape)}.")
-        if not image.is_floating_point() or image.min() < -1.001 or image.max() > 1.001:
-            raise ValueError(
-                f"An image tensor must be float in [-1, 1], got {image.dtype} from {image.min():g} to "
-                f"{image.max():g}; from uint8 use image / 127.5 - 1."
-            )
-        return image
-    images = [image] if isinstance(image, PIL.Image.Image) else list(image)
-    arrays = [np.asarray(one.convert("RGB"), dtype=np.float32) / 127.5 - 1 for one in images]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-
-
-def _to_mask(mask_image: PIL.Image.Image | Tensor) -> Tensor:
-    """(B, 1, H, W) float in [0, 1]."""
-    if not isinstance(mask_image, Tensor):
-        mask_image = torch.from_numpy(np.asarray(mask_image.convert("L"), dtype=np.float32) / 255)
-    if not 2 <= mask_image.ndim <= 4 or (mask_image.ndim == 4 and mask_image.shape[1] != 1):
-        raise ValueError(f"mask_image must be (H, W), (B, H, W) or (B, 1, H, W), got shape {tuple(mask_image.shape)}.")
-    mask = mask_image.float().reshape(-1, 1, *mask_image.shape[-2:])
-    if mask.min() < 0 or mask.max() > 1:
-        raise ValueError(f"mask_image must lie in [0, 1] (1 is painted anew), got {mask.min():g} to {mask.max():g}.")
-    return mask
