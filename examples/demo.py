@@ -18,6 +18,7 @@ from hfgen.evaluation.judge import judge_labels
 from hfgen.images import make_grid, save_png
 
 ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {"guidance_scale": 3.0, "temperature": 0.6}  # those of the card of zoo/var-shapes
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     generators = [generator(options.seed, k) for k in range(len(labels))]
 
     start = time.perf_counter()
-    output = pipeline(labels, generator=generators, output_type="pt")
+    output = pipeline(labels, generator=generators, output_type="pt", **SETTINGS)
     seconds = time.perf_counter() - start
     pixels = output.images * 2 - 1
     scores = judge_labels(pixels, labels)
@@ -54,6 +55,7 @@ def main() -> None:
     pipeline(
         shown,
         generator=[generator(options.seed, k) for k in range(len(shown))],
+        **SETTINGS,
         output_type="latent",
         callback_on_step_end=keep_stage,
     )
