@@ -137,6 +137,7 @@ SYSTEMS: tuple[System, ...] = (
         code="bytedance/1d-tokenizer", weights_licence="Apache-2.0",
         tokenizer="TiTok", generator="ImageBert", pipeline="MaskGITPipeline", variants=("UViTBert",),
         converter="titok",
+        examples=("examples/train_titok.py", "examples/train_maskgit.py"),
         notes="A short sequence of tokens without a grid.",
     ),
     System(
@@ -217,6 +218,7 @@ SYSTEMS: tuple[System, ...] = (
         paper="MaskGIT: Masked Generative Image Transformer",
         code="google-research/maskgit", weights_licence="none stated (code Apache-2.0)",
         tokenizer="MaskGITVQGAN", generator="MaskGITTransformer", pipeline="MaskGITPipeline", converter="maskgit",
+        examples=("examples/train_maskgit_vqgan.py", "examples/train_maskgit.py"),
         notes="Parallel decoding of masked tokens; its tokenizer also serves TiTok and RAR.",
     ),
     System(

@@ -217,8 +217,9 @@ def _convert(name: str, annotation: Any, value: Any) -> Any:
         (annotation,) = (argument for argument in arguments if argument is not type(None))
         return _convert(name, annotation, value)
     if origin is Literal:
-        # YAML reads a bare `no` as False.
+        # YAML reads a bare `no` as False and a bare 1 as a number.
         value = "no" if value is False and "no" in arguments else value
+        value = str(value) if type(value) is int else value
         if value in arguments:
             return value
         raise ValueError(f"--{name} is {value!r}; choose one of {', '.join(map(str, arguments))}.")

@@ -20,8 +20,17 @@ from hfgen.training.history import History
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("train_*.py"))
-RECIPES = {"multiscale_vqvae_paper": "train_multiscale_vqvae"} | {
-    f"var_{size}": "train_var" for size in ("d16", "d20", "d24", "d30", "d36")
+RECIPES = (
+    {"multiscale_vqvae_paper": "train_multiscale_vqvae", "maskgit_vqgan_paper": "train_maskgit_vqgan"}
+    | {f"var_{size}": "train_var" for size in ("d16", "d20", "d24", "d30", "d36")}
+    | {f"titok_{stage}": "train_titok" for stage in ("l32_stage1", "l32_stage2", "single_vq", "single_kl")}
+    | {f"maskgit_{name}": "train_maskgit" for name in ("imagenet256", "titok_l32", "titok_s128")}
+)
+# Flags that a recipe cannot give, because they name what the user has.
+OWN = {
+    "train_var": ["--tokenizer", "tokenizer"],
+    "train_maskgit": ["--tokenizer", "tokenizer"],
+    "train_titok": ["--vqgan", "vqgan", "--stage1", "stage1", "--perceptual_source", "weights"],
 }
 TINY = ["--max_train_steps", "2", "--batch_size", "4", "--limit", "8", "--num_validation_images", "2", "--no_progress"]
 SMALL_TOKENIZER = ["--base_channels", "8", "--norm_num_groups", "4", "--layers_per_block", "1", "--num_codes", "16"]
@@ -142,7 +151,7 @@ def test_every_recipe_belongs_to_a_script():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_parses(recipe):
     config_class = _module(RECIPES[recipe]).Config
-    required = ["--output_dir", "run"] + (["--tokenizer", "tokenizer"] if "var_" in recipe else [])
+    required = ["--output_dir", "run", *OWN.get(RECIPES[recipe], [])]
     config = parse_config(config_class, ["--config", str(EXAMPLES / "configs" / f"{recipe}.yaml"), *required])
     assert config.dataset == "ILSVRC/imagenet-1k"
     assert config.warmup_steps < config.max_train_steps
