@@ -27,6 +27,11 @@ _MODULES = {
     "maskgit_vqgan": "maskgit_vqgan",
     "titok": "titok",
     "maskgit": "maskgit",
+    "dit": "dit",
+    "sit": "dit",
+    "mean_flow": "mean_flow",
+    "rectified_flow": "rectified_flow",
+    "sd3": "mmdit",
 }
 
 __all__ = [
@@ -101,15 +106,25 @@ def load_original(
     return choices[part].load(content, original_config)
 
 
-def to_original(model: HFGenModel) -> dict[str, Tensor]:
+def to_original(model: HFGenModel, system: str | None = None, part: str | None = None) -> dict[str, Tensor]:
     """The weights of a model as the state dict that the official code loads; tensors may share the model's memory.
 
+    Args:
+        model: the model.
+        system, part: whose layout, where several repositories have one for the class of the model; by default that of
+            the first.
+
     Raises:
-        ValueError: the class of the model has no official layout.
+        ValueError: the class of the model has no official layout, or this one has no place for all of its weights.
     """
-    if model.original_system is None or model.original_part is None:
+    system, part = system or model.original_system, part or model.original_part
+    if system is None or part is None:
         raise ValueError(f"{type(model).__name__} has no official checkpoint layout.")
-    return parts(model.original_system)[model.original_part].save(model)
+    choices = parts(system)
+    if part not in choices or not isinstance(model, choices[part].model):
+        names = ", ".join(name for name, choice in choices.items() if isinstance(model, choice.model)) or "none"
+        raise ValueError(f"{system} has no layout {part!r} for a {type(model).__name__}; it has {names}.")
+    return choices[part].save(model)
 
 
 def _config_beside(checkpoint: str | PathLike[str] | Mapping[str, Any], name: str | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hfgen.conversion.converter import OriginalConfig, Part, ReleasedCheckpoint, ReleasedFile, count, shape
 from hfgen.conversion.maskgit_vqgan import decoder_rules
+from hfgen.conversion.nested_config import lookup, section
 from hfgen.conversion.rules import Drop, Rule, Rules, Split, Squeeze
 from hfgen.conversion.titok_generators import GENERATORS
 from hfgen.models.tokenizers.titok import SIZES, TiTok
@@ -23,16 +24,14 @@ from hfgen.models.tokenizers.titok import SIZES, TiTok
 _HEAD_DIM = 64  # of every published size
 # What every nested configuration says; quantize_mode, is_legacy and finetune_decoder have official defaults.
 _REQUIRED = (
-    "codebook_size",
     "token_size",
-    "use_l2_norm",
-    "commitment_cost",
     "vit_enc_model_size",
     "vit_dec_model_size",
     "vit_enc_patch_size",
     "vit_dec_patch_size",
     "num_latent_tokens",
 )
+_REQUIRED_VQ = ("codebook_size", "use_l2_norm", "commitment_cost")  # the continuous models have none of these
 
 
 def titok_config(state: Mapping[str, Tensor], original: OriginalConfig) -> dict[str, Any]:
@@ -74,23 +73,16 @@ def titok_config(state: Mapping[str, Tensor], original: OriginalConfig) -> dict[
 
 def _settings(original: OriginalConfig) -> OriginalConfig:
     """The entries of ``model.vq_model`` and ``crop_size``, from the nested or the flat form."""
-    model = original.get("model", None)
-    if model is None:
+    if original.get("model", None) is None:
         return original
-    vq_model = _entry("model", model, "vq_model")
-    for name in _REQUIRED:
-        _entry("model.vq_model", vq_model, name)
-    preprocessing = _entry("dataset", original.get("dataset", {}), "preprocessing")
-    crop_size = _entry("dataset.preprocessing", preprocessing, "crop_size")
+    config = {name: original.get(name, {}) for name in ("model", "dataset")}
+    vq_model = section(config, "model.vq_model", _REQUIRED)
+    if vq_model.get("quantize_mode", "vq") == "vq":
+        section(config, "model.vq_model", _REQUIRED_VQ)
+    crop_size = lookup(config, "dataset.preprocessing.crop_size")
     # Training settings beside the model, and sizes that are not official.
     original.ignore("experiment", "losses", "optimizer", "lr_scheduler", "training")
     return OriginalConfig({**vq_model, "crop_size": crop_size, "vit_sizes": original.get("vit_sizes", {})})
-
-
-def _entry(path: str, section: Any, name: str) -> Any:
-    if not isinstance(section, Mapping) or name not in section:
-        raise ValueError(f"original_config lacks {path}.{name}, which the nested configuration of a TiTok has.")
-    return section[name]
 
 
 def _grid(state: Mapping[str, Tensor], side: str) -> int:
@@ -107,19 +99,22 @@ def _sizes(state: Mapping[str, Tensor], side: str, name: str, settings: Original
     width = shape(state, f"{side}.class_embedding", 2)[1]
     layers = count(state, rf"{side}\.transformer\.(\d+)\.")
     named = {key: {"width": w, "layers": n, "heads": h} for key, (w, n, h) in SIZES.items()}
-    named |= settings.get("vit_sizes", {})
+    more = settings.get("vit_sizes", {})
+    if not isinstance(more, Mapping):
+        raise ValueError(f"original_config['vit_sizes'] is {more!r}; expected names with width, layers and heads.")
+    named |= more
     given = settings.get(name, None)
     if given is None:
         if width % _HEAD_DIM:
             raise ValueError(f"The tensors do not tell the heads of the {side}, whose width is {width}: pass {name}.")
         heads = width // _HEAD_DIM
-    elif given not in named:
+    elif not isinstance(given, str) or given not in named:
         raise ValueError(
             f"original_config has {name} = {given!r}; known are {', '.join(named)}. Pass others as "
             "original_config['vit_sizes'] = {name: {'width': ..., 'layers': ..., 'heads': ...}}."
         )
     else:
-        size = {key: _entry(f"vit_sizes.{given}", named[given], key) for key in ("width", "layers", "heads")}
+        size = {key: lookup({"vit_sizes": named}, f"vit_sizes.{given}.{key}") for key in ("width", "layers", "heads")}
         heads = size["heads"]
         if (size["width"], size["layers"]) != (width, layers):
             raise ValueError(

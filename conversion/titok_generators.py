@@ -1,7 +1,8 @@
 """The generators of TiTok (arXiv 2406.07550): github.com/bytedance/1d-tokenizer.
 
 Two parts, ``image_bert`` (generator_titok_l32.bin, generator_titok_b64.bin) and ``uvit`` (generator_titok_s128.bin),
-of the Hub repository fun-research/TiTok. The names of the tensors tell which one a file holds.
+of the Hub repository fun-research/TiTok; also one repository per model with ``model.safetensors`` and the nested
+configuration as ``config.json``. The names of the tensors tell which part a file holds.
 """
 
 from __future__ import annotations
@@ -12,25 +13,33 @@ from typing import Any
 from torch import Tensor
 
 from hfgen.conversion.converter import OriginalConfig, Part, count, shape
+from hfgen.conversion.nested_config import lookup, section
 from hfgen.conversion.rules import Drop, Rule, Rules, Split
 from hfgen.models.generators.image_bert import ImageBert
 from hfgen.models.generators.uvit import UViTBert
 
+# What every nested configuration says about the network; the dropouts have official defaults.
+_REQUIRED = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "image_seq_len",
+    "condition_num_classes",
+)
 _NUM_HEADS = {768: 16, 1024: 16}  # of the released generators, by width
 
 
 def _settings(original: OriginalConfig) -> OriginalConfig:
     """The entries of ``model.generator`` with ``codebook_size``, from the nested or the flat form."""
-    model = original.get("model", None)
-    if model is None:
+    if original.get("model", None) is None:
         return original
-    for section, name in (("generator", "model_type"), ("vq_model", "codebook_size")):
-        if not isinstance(model, Mapping) or name not in model.get(section, ()):
-            raise ValueError(
-                f"original_config lacks model.{section}.{name}, which the nested configuration of a generator has."
-            )
-    original.ignore("experiment", "dataset", "losses", "optimizer", "lr_scheduler", "training")
-    return OriginalConfig({**model["generator"], "codebook_size": model["vq_model"]["codebook_size"]})
+    config = {"model": original.get("model", None)}
+    generator = section(config, "model.generator", _REQUIRED)
+    # What the same file says about training and, with "vit_sizes", about the tokenizer.
+    original.ignore("experiment", "dataset", "losses", "optimizer", "lr_scheduler", "training", "vit_sizes")
+    return OriginalConfig({**generator, "codebook_size": lookup(config, "model.vq_model.codebook_size")})
 
 
 def _generator_config(
@@ -127,11 +136,13 @@ IMAGE_BERT = Part(
     config=image_bert_config,
     rules=image_bert_rules,
     signature=("model.embeddings.word_embeddings.weight", "model.lm_head.weight"),
+    config_file="config.json",
 )
 UVIT = Part(
     model=UViTBert,
     config=uvit_config,
     rules=uvit_rules,
     signature=("pos_embed", "mid_block.attn.qkv.weight", "lm_head.weight"),
+    config_file="config.json",
 )
 GENERATORS = {"image_bert": IMAGE_BERT, "uvit": UVIT}

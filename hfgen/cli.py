@@ -22,6 +22,7 @@ SAMPLE_EXAMPLES = """\
 examples:
   hfgen sample zoo/var-shapes --labels all --format grid --output outputs/shapes
   hfgen sample zoo/var-shapes --labels "red circle,cyan cross" --num 4 --guidance-scale 2 --top-k 50 --seed 1
+  hfgen sample USER/MASKGIT --labels 0-9 --num-inference-steps 8 --guidance-scale 3 --token-temperature 1 --gif
   hfgen sample USER/MODEL --labels 207 --num 50000 --batch-size 64 --format npz --device cuda --dtype bfloat16
 
 Image number i is drawn from (seed, i) alone: it does not depend on the batch size or on how many are drawn.
@@ -38,11 +39,15 @@ examples:
   hfgen convert var-d16 --output var-d16
   hfgen convert var var_d16.pth vae_ch160v4096z32.pth --output var-d16
   hfgen convert var vae_ch160v4096z32.pth --output var-vae --dtype float16
+  hfgen convert titok tokenizer_titok_l32_imagenet generator_titok_l32_imagenet --output titok-l-32
+  hfgen convert maskgit maskgit_imagenet512_checkpoint tokenizer_imagenet512_checkpoint --output maskgit-512 \\
+      --original-config vq_model.resolution=512
   hfgen convert var var_d36.pth vae_ch160v4096z32.pth --output var-d36 \\
       --original-config vae.v_patch_nums=[1,2,3,4,6,9,13,18,24,32]
 
 Without files, official weights are downloaded by their name; `hfgen systems --weights` lists the names.
 With files for all parts of a system the output is a pipeline folder, else that of a single model.
+A folder as it was published may stand for its file; an official config.json beside the weights is read.
 `hfgen systems` lists the systems. Nothing inside a file is run, unless --trust-pickle allows it.
 """
 SYSTEMS_EXAMPLES = """\
@@ -105,11 +110,17 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--temperature", type=float, metavar="T", help="divides the logits")
     sample.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely codes; 0 is off")
     sample.add_argument("--top-p", type=float, metavar="P", help="then draw within probability mass P; 1 is off")
+    sample.add_argument("--token-temperature", type=float, metavar="T",
+                        help="masked-token pipelines: noise in the draw of codes; 0 takes the likeliest")  # fmt: skip
+    sample.add_argument("--choice-temperature", type=float, metavar="T",
+                        help="masked-token pipelines: noise in the choice of the codes that stay")  # fmt: skip
     sample.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
     sample.add_argument("--batch-size", type=_positive, default=16, metavar="B", help="images at a time (default: 16)")
     sample.add_argument("--format", choices=("png", "grid", "npz"), default="png",
                         help="one PNG per image, one PNG with all, or an array arr_0, uint8 (N, H, W, 3) "
                         "(default: png)")  # fmt: skip
+    sample.add_argument("--gif", action="store_true",
+                        help="masked-token pipelines: also an animated GIF of the steps of each image")  # fmt: skip
     _add_output(sample, "outputs")
     _add_device(sample)
 

@@ -66,7 +66,9 @@ class System:
         official weights, where there are any, convert. Where there are none a training example takes their place.
         ``trains``: the classes and a training example exist, but official weights do not load.
         """
-        usable = bool(self.tokenizer or self.generator) and (self.generator is None or self.pipeline is not None)
+        # A pipeline without a generator runs a network of diffusers.
+        has_model = bool(self.tokenizer or self.generator or self.pipeline)
+        usable = has_model and (self.generator is None or self.pipeline is not None)
         if usable and (self.converter or (self.weights_licence is None and self.examples)):
             return "works"
         return "trains" if usable and self.examples else "not yet"
@@ -255,30 +257,36 @@ SYSTEMS: tuple[System, ...] = (
         key="dit", title="DiT", published="ICCV 2023", arxiv="2212.09748",
         paper="Scalable Diffusion Models with Transformers",
         code="facebookresearch/DiT", weights_licence="CC-BY-NC-4.0",
+        generator="DiT", pipeline="ImageDiffusionPipeline", converter="dit",
         notes="Weights are for non-commercial use.",
     ),
     System(
         key="sit", title="SiT", published="ECCV 2024", arxiv="2401.08740",
         paper="SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers",
         code="willisma/SiT", weights_licence="MIT",
+        generator="DiT", pipeline="RectifiedFlowPipeline", converter="sit",
         notes="The network of DiT with interpolant paths.",
     ),
     System(
         key="rectified_flow", title="Rectified flow", published="ICLR 2023", arxiv="2209.03003",
         paper="Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow",
         code="gnobitab/RectifiedFlow", weights_licence="none stated",
+        generator="NCSNpp", pipeline="RectifiedFlowPipeline", converter="rectified_flow",
+        examples=("examples/reflow.py",),
         notes="With reflow, which straightens the paths for few-step sampling.",
     ),
     System(
         key="sd3", title="Stable Diffusion 3 (MMDiT)", published="ICML 2024", arxiv="2403.03206",
         paper="Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
         code="Stability-AI/sd3.5", weights_licence="Stability AI Community License",
+        pipeline="RectifiedFlowPipeline", converter="sd3",
         notes="The network is diffusers.SD3Transformer2DModel.",
     ),
     System(
         key="mean_flow", title="MeanFlow", published="NeurIPS 2025", arxiv="2505.13447",
         paper="Mean Flows for One-step Generative Modeling",
         code="Gsunshine/meanflow", weights_licence="MIT",
+        generator="DiT", pipeline="MeanFlowPipeline", converter="mean_flow",
         notes="One forward pass per image.",
     ),
     System(

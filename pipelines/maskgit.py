@@ -8,7 +8,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import PIL.Image
 import torch
-import torch.nn.functional as F
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from hfgen.models.generators.masked import MaskedTokenTransformer
 from hfgen.models.modeling import PortablePipelineMixin
+from hfgen.pipelines.editing import blend_edit, check_edit, painted_tokens
 from hfgen.pipelines.inputs import ClassLabels, Images, class_ids, ordered_class_names, to_mask, to_pixels
 from hfgen.pipelines.outputs import ImageGenerationOutput
 from hfgen.publishing import PublishMixin
@@ -87,6 +87,7 @@ class MaskGITPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         image: Images | None,
         mask_image: PIL.Image.Image | Tensor | None,
         mask_margin: int,
+        mask_blur: float | None,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
@@ -103,6 +104,8 @@ class MaskGITPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
             raise ValueError("Editing needs both image and mask_image; only one of them was given.")
         if mask_margin < 0:
             raise ValueError(f"mask_margin must be at least 0 tokens, got {mask_margin}.")
+        if mask_blur is not None and not (math.isfinite(mask_blur) and mask_blur >= 0):
+            raise ValueError(f"mask_blur must be a finite number of at least 0 pixels (0 is off), got {mask_blur}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
         batch_size = len(self.prepare_labels(class_labels, num_images_per_prompt, "cpu"))
@@ -164,21 +167,9 @@ class MaskGITPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
             )
         factor, side = self.vq_model.downsample_factor, self.vq_model.image_size
         pixels, paint = to_pixels(image), to_mask(mask_image)
-        for name, value in (("image", pixels), ("mask_image", paint)):
-            if value.shape[-2:] != (side, side):
-                raise ValueError(
-                    f"{name} is {value.shape[-1]}x{value.shape[-2]} pixels, but the model makes {side}x{side}; resize "
-                    f"or crop it, for example with {name}.resize(({side}, {side}))."
-                )
-            if value.shape[0] not in (1, batch_size):
-                raise ValueError(
-                    f"{name} has a batch of {value.shape[0]}, but there are {batch_size} images; give one or all."
-                )
+        check_edit(pixels, paint, side, batch_size)
         codes = self.vq_model.encode(pixels.to(device)).codes.expand(batch_size, -1)
-        grid = F.max_pool2d((paint.to(device) >= 0.5).float(), factor)
-        if mask_margin:
-            grid = F.max_pool2d(grid, 2 * mask_margin + 1, stride=1, padding=mask_margin)
-        masked = grid.bool().flatten(1).expand(batch_size, -1)
+        masked = painted_tokens(paint.to(device), factor, mask_margin).expand(batch_size, -1)
         if not masked.any(dim=1).all():
             raise ValueError("mask_image masks no token, so there is nothing to paint; white is painted anew.")
         return codes.masked_fill(masked, self.transformer.mask_token_id)
@@ -187,8 +178,10 @@ class MaskGITPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         """Complete codes (B, N) -> pixels (B, 3, H, W) in [-1, 1], such as ``predicted_codes`` of a callback.
 
         Raises:
-            ValueError: a masked token, or a code that the tokenizer has not.
+            ValueError: another number of codes, a masked token, or a code that the tokenizer has not.
         """
+        if codes.ndim != 2 or codes.shape[1] != self.vq_model.num_tokens:
+            raise ValueError(f"codes have shape {tuple(codes.shape)}, expected (batch, {self.vq_model.num_tokens}).")
         if codes.min() < 0 or codes.max() >= self.vq_model.codebook_size:
             raise ValueError(
                 f"Only complete codes in [0, {self.vq_model.codebook_size - 1}] make an image, got [{codes.min()}, "
@@ -225,6 +218,7 @@ class MaskGITPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         image: Images | None = None,
         mask_image: PIL.Image.Image | Tensor | None = None,
         mask_margin: int = 0,
+        mask_blur: float | None = None,
         first_step: int = 0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -248,6 +242,10 @@ class MaskGITPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
             mask_image: white (1) where to paint anew. With a class label this edits towards the class, without one it
                 is in-painting (mask the inside) or out-painting (mask the outside).
             mask_margin: tokens by which the painted area grows on each side; MaskGIT's editor uses 1.
+            mask_blur: the pixels around the painted tokens are those of the given image, with a soft edge: this is
+                the standard deviation in pixels of its Gaussian blur. None is that of MaskGIT's editor, side / 16 - 1;
+                0 is a hard edge between tokens. What the tokenizer makes of all codes, without the given pixels, is
+                ``decode_latents`` of output_type="latent".
             first_step: the steps before it are left out; MaskGIT's editor uses 2 of 12.
             generator: one generator for the batch, or a list with one per image, which makes each image independent
                 of the others in its batch.
@@ -271,6 +269,7 @@ class MaskGITPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
             image,
             mask_image,
             mask_margin,
+            mask_blur,
             generator,
             output_type,
             callback_on_step_end_tensor_inputs,
@@ -283,7 +282,8 @@ class MaskGITPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
             num_masked = [num_tokens] * len(labels)
         else:
             codes = self.prepare_edit(image, mask_image, len(labels), device, mask_margin)
-            num_masked = (codes == mask_token_id).sum(dim=1).tolist()
+            painted = codes == mask_token_id
+            num_masked = painted.sum(dim=1).tolist()
         plan = self.scheduler.plan(
             num_masked,
             num_inference_steps,
@@ -303,7 +303,8 @@ class MaskGITPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         with self.progress_bar(total=len(plan)) as progress_bar:
             for i, step in enumerate(plan):
                 positions = masked_positions(codes, mask_token_id, step.num_positions)
-                logits = self._predict(codes, labels, positions, step.guidance_scale if guidable else 1.0)
+                predict = self._predict_first if i == 0 and image is None else self._predict
+                logits = predict(codes, labels, positions, step.guidance_scale if guidable else 1.0)
                 noise = self._draw_noise(step, logits, generator)
                 codes, predicted = self.scheduler.step(
                     logits, codes, positions, step, mask_token_id, *noise, return_dict=False
@@ -320,7 +321,11 @@ class MaskGITPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
 
         images = predicted
         if output_type != "latent":
-            images = self.image_processor.postprocess(self.decode_latents(predicted).float(), output_type=output_type)
+            pixels = self.decode_latents(predicted).float()
+            if image is not None:
+                blur = max(pixels.shape[-1] // 16 - 1, 0) if mask_blur is None else mask_blur
+                pixels = blend_edit(pixels, to_pixels(image), painted.unflatten(1, self.grid_size), blur)
+            images = self.image_processor.postprocess(pixels, output_type=output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images, len(plan))
@@ -335,6 +340,22 @@ class MaskGITPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
             codes.repeat(2, 1), torch.cat([labels, unconditional]), positions.repeat(2, 1)
         )
         return guide(*both.chunk(2), scale)
+
+    def _predict_first(self, codes: Tensor, labels: Tensor, positions: Tensor, scale: float) -> Tensor:
+        """As :meth:`_predict` while all tokens of all images are masked.
+
+        Images of one class are still alike and so are all without a class: the transformer sees each class once.
+        """
+        classes, image_classes = labels.unique(return_inverse=True)
+        rows = classes
+        if scale != 1:
+            rows = torch.cat([classes, classes.new_tensor([self.transformer.unconditional_label])])
+        logits = self.transformer.forward_positions(
+            codes[:1].expand(len(rows), -1), rows, positions[:1].expand(len(rows), -1)
+        )
+        if scale != 1:
+            logits = guide(logits[:-1], logits[-1:], scale)
+        return logits[image_classes]
 
     def _draw_noise(
         self, step: MaskedTokenStep, logits: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None

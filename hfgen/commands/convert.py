@@ -70,17 +70,28 @@ def check_output(path: Path, overwrite: bool) -> None:
 def load_file(
     file: Path, options: argparse.Namespace, settings: Mapping[str, dict[str, Any]]
 ) -> dict[str, HFGenModel]:
-    """The models in one official file, by the name of their part."""
+    """The models in one official file or folder, by the name of their part."""
+    found = [options.part] if options.part else parts_in(file, options)
+    # By its path, so that without settings the configuration that lies beside the weights in a folder is taken.
+    return {
+        name: load_original(
+            options.system,
+            file,
+            part=name,
+            original_config=settings.get(name) or None,
+            allow_pickle=options.trust_pickle,
+        )
+        for name in found
+    }
+
+
+def parts_in(file: Path, options: argparse.Namespace) -> list[str]:
+    """The names of the parts that an official file or folder holds."""
     content = read_checkpoint(file, allow_pickle=options.trust_pickle)
-    if options.part:
-        found = [options.part]
-    else:
-        found = [name for name, part in parts(options.system).items() if part.find(content)]
+    found = [name for name, part in parts(options.system).items() if part.find(content)]
     if not found:
         load_original(options.system, content)  # its error says what a checkpoint of this system holds
-    return {
-        name: load_original(options.system, content, part=name, original_config=settings.get(name)) for name in found
-    }
+    return found
 
 
 def original_settings(items: Sequence[str], known_parts: Sequence[str]) -> dict[str, dict[str, Any]]:

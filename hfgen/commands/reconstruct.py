@@ -38,6 +38,8 @@ def run(options: argparse.Namespace) -> str:
         original = to_tensor(image)[None]
         with torch.inference_mode():
             sample = tokenizer(to_pixels(original).to(tokenizer.device)).sample
+        if sample is None:
+            raise ValueError(f"{options.tokenizer} draws no images: a TiTok of stage 1 only predicts proxy codes.")
         reconstruction = to_uint8(sample).cpu()
         save_png(make_strip(torch.cat([original, reconstruction]), padding=0), target)
         ratios.append(psnr(reconstruction, original, data_range=255).item())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import time
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -15,9 +16,18 @@ from hfgen.commands.shared import torch_device, torch_dtype
 from hfgen.counters import generator
 from hfgen.data.transforms import to_uint8
 from hfgen.images import make_grid, save_npz, save_png
+from hfgen.pipelines.steps import StepRecorder
 
 # Options of the command that are arguments of the pipelines which know them.
-SETTINGS = ("num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p")
+SETTINGS = (
+    "num_inference_steps",
+    "guidance_scale",
+    "temperature",
+    "top_k",
+    "top_p",
+    "token_temperature",
+    "choice_temperature",
+)
 TILE = 64  # pixels; smaller images are enlarged by a whole factor in a grid
 
 
@@ -27,6 +37,9 @@ def run(options: argparse.Namespace) -> str:
     pipeline = AutoPipeline.from_pretrained(options.pipeline, dtype=torch_dtype(options.dtype)).to(device)
     pipeline.set_progress_bar_config(disable=True)
     settings = chosen_settings(pipeline, options)
+    recorder = step_recorder(pipeline) if options.gif else None
+    if recorder is not None:
+        settings["callback_on_step_end"] = recorder
     classes = range(pipeline.transformer.config.num_classes) if options.labels == "all" else options.labels
     names = dict(enumerate(getattr(pipeline, "class_names", None) or ()))
     labels = [label for label in classes for _ in range(options.num)]
@@ -37,19 +50,24 @@ def run(options: argparse.Namespace) -> str:
     with tqdm(total=len(labels), unit="image", desc="sampling") as bar:
         for first in range(0, len(labels), options.batch_size):
             batch = labels[first : first + options.batch_size]
+            numbers = range(first, first + len(batch))
             output = pipeline(
                 class_labels=batch,
-                generator=[generator(options.seed, first + offset) for offset in range(len(batch))],
+                generator=[generator(options.seed, number) for number in numbers],
                 output_type="pt",
                 **settings,
             )
             images = to_uint8(output.images * 2 - 1).cpu()
+            stems = [f"{number:06d}_{titles[number].replace(' ', '-')}" for number in numbers]
             if options.format == "png":
-                for number, image in enumerate(images, start=first):
-                    name = f"{number:06d}_{titles[number].replace(' ', '-')}.png"
-                    save_png(make_grid(image[None], padding=0), options.output / name)
+                for stem, image in zip(stems, images):
+                    save_png(make_grid(image[None], padding=0), options.output / f"{stem}.png")
             else:
                 kept.append(images)
+            if recorder is not None:
+                for index, stem in enumerate(stems):
+                    path = options.output / f"{stem}.gif"
+                    recorder.save_gif(pipeline, path, index=index, upscale=-(-TILE // images.shape[-1]))
             bar.update(len(batch))
     seconds = time.perf_counter() - start
 
@@ -63,7 +81,19 @@ def run(options: argparse.Namespace) -> str:
     return f"{path}: {len(labels)} images, {len(labels) / seconds:.2f} per second, NFE {output.nfe}"
 
 
-def chosen_settings(pipeline: DiffusionPipeline, options: argparse.Namespace) -> dict[str, float]:
+def step_recorder(pipeline: DiffusionPipeline) -> StepRecorder:
+    """What records the steps of the pipeline.
+
+    Raises:
+        ValueError: its steps have no tokens to record.
+    """
+    known = getattr(pipeline, "_callback_tensor_inputs", ())
+    if not set(StepRecorder.tensor_inputs) <= set(known):
+        raise ValueError(f"--gif shows the steps of masked-token pipelines; {type(pipeline).__name__} is none.")
+    return StepRecorder()
+
+
+def chosen_settings(pipeline: DiffusionPipeline, options: argparse.Namespace) -> dict[str, Any]:
     """The sampling settings that were given.
 
     Raises:

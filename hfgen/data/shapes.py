@@ -41,6 +41,7 @@ CELLS = (
 CELL_PHRASES = tuple("in the centre" if cell == "centre" else f"at the {cell}" for cell in CELLS)
 CLASS_NAMES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
 SPLITS = {"single": 1, "double": 2}  # objects per image
+MIXED = "mixed"  # of ShapesData: the splits in turn
 
 COLOUR_CHANNELS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
 CHANNEL_LEVELS = (30.0, 225.0)  # "off" and "on" of an object's channel, in 0..255
@@ -198,6 +199,9 @@ class ShapesData(torch.utils.data.Dataset):
     (int; -1 in the split ``"double"``), ``caption``, ``index`` and ``skipped`` (always empty). The same index gives
     the same image in every epoch. Data of at most 256 MiB is rendered once, larger data whenever it is asked for.
 
+    The split ``"mixed"`` has item ``index`` of ``"single"`` where ``index`` is even and of ``"double"`` where it is
+    odd, all with the label -1: captions of one and of two objects to learn from.
+
     Raises:
         ValueError: for an unknown split, fewer than one image or a resolution below 8.
     """
@@ -208,6 +212,7 @@ class ShapesData(torch.utils.data.Dataset):
         if num_images < 1:
             raise ValueError(f"num_images is {num_images}: a data set needs at least 1 image")
         self.num_images, self.seed, self.resolution, self.split = num_images, seed, resolution, split
+        self._splits = tuple(SPLITS) if split == MIXED else (split,)
         self.class_names = list(CLASS_NAMES) if split == "single" else []
         self._cache = None
         if num_images * 3 * resolution**2 <= _CACHE_BYTES:
@@ -215,20 +220,32 @@ class ShapesData(torch.utils.data.Dataset):
         else:
             self._render([0])
 
-    def _render(self, indices: Sequence[int]) -> tuple[torch.Tensor, np.ndarray, list[str]]:
-        scenes = draw_scenes(indices, seed=self.seed, split=self.split)
-        images, _ = render(scenes, self.resolution)
-        pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-        return pixels, scenes.labels(), scenes.captions()
+    def _render(self, indices: Sequence[int]) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        indices = np.asarray(indices)
+        pixels = torch.empty(len(indices), 3, self.resolution, self.resolution, dtype=torch.uint8)
+        labels, captions = np.full(len(indices), -1), np.empty(len(indices), dtype=object)
+        for turn, split in enumerate(self._splits):
+            (rows,) = np.nonzero(indices % len(self._splits) == turn)
+            if len(rows) == 0:
+                continue
+            scenes = draw_scenes(indices[rows].tolist(), seed=self.seed, split=split)
+            images, _ = render(scenes, self.resolution)
+            pixels[rows] = torch.from_numpy(images).permute(0, 3, 1, 2)
+            captions[rows] = scenes.captions()
+            if self.class_names:
+                labels[rows] = scenes.labels()
+        return pixels, labels, captions
 
     def __len__(self) -> int:
         return self.num_images
 
     @property
     def num_classes(self) -> int:
-        """24; an error on the split ``"double"``, whose images have no single class."""
+        """24; an error on splits with two objects, whose images have no single class."""
         if not self.class_names:
-            raise ValueError('the split "double" of the captioned shapes has no classes: use the split "single"')
+            raise ValueError(
+                f'the split "{self.split}" of the captioned shapes has no classes: use the split "single"'
+            )
         return len(self.class_names)
 
     def __getitem__(self, key: tuple[int, int] | int) -> dict:

@@ -17,14 +17,14 @@ from PIL import Image
 from hfgen.counters import counter_seed
 from hfgen.data.augmentation import Augmentation
 from hfgen.data.rows import BrokenImageError, FolderRows, HubRows, decode_image, open_folder, open_hub
-from hfgen.data.shapes import SPLITS as SHAPES_KINDS
-from hfgen.data.shapes import ShapesData
+from hfgen.data.shapes import MIXED, SPLITS, ShapesData
 from hfgen.data.shards import is_tar_source
 from hfgen.data.tar_stream import TarImages
 
 logger = logging.getLogger(__name__)
 
 SHAPES_IMAGES = 20000
+SHAPES_KINDS = (*SPLITS, MIXED)
 SHAPES_SPLITS = ("train", "validation", "test")
 
 
@@ -53,9 +53,9 @@ def load_images(
     Args:
         source: one of
 
-            - ``"shapes"`` (= ``"shapes:single"``) or ``"shapes:double"``: the built-in captioned shapes, 20000 of them
-              unless ``limit`` says otherwise. They are rendered at ``resolution``, so cropping and resizing do not
-              apply; splits other than ``"train"`` are other draws;
+            - ``"shapes"`` (= ``"shapes:single"``), ``"shapes:double"`` or ``"shapes:mixed"``, which has both: the
+              built-in captioned shapes, 20000 of them unless ``limit`` says otherwise. They are rendered at
+              ``resolution``, so cropping and resizing do not apply; splits other than ``"train"`` are other draws;
             - a local folder with ``metadata.jsonl`` (rows with ``file_name`` and, if wanted, a caption and a label),
               with one folder of images per class, or with images alone; ``split`` chooses the folder of that name
               if there is one. Folders written by ``Dataset.save_to_disk`` and folders of parquet files work as well;

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from hfgen import TiTok
 from hfgen.conversion import load_original, parts, released, to_original
 from hfgen.conversion.converter import OriginalConfig
+from hfgen.models.tokenizers.titok import SIZES
 from support.golden import PUBLIC_CASES, read_case
 
 SYSTEM = "titok"
@@ -64,6 +65,47 @@ def test_published_sizes_are_recognised_without_a_configuration(preset):
         model = TiTok.from_preset(preset)
         state = parts(SYSTEM)["vq_model"].save(model)
     config = parts(SYSTEM)["vq_model"].config(state, OriginalConfig({}))
+    assert config == {name: model.config[name] for name in config}
+
+
+def published(preset):
+    """The nested configuration in the repository of a released model, as its authors wrote it."""
+    arguments = TiTok.presets[preset]
+    names = {width: name for name, (width, _, _) in SIZES.items()}
+    vq_model = {
+        "token_size": arguments["latent_channels"],
+        "vit_enc_model_size": names[arguments["encoder_width"]],
+        "vit_dec_model_size": names[arguments["decoder_width"]],
+        "vit_enc_patch_size": 16,
+        "vit_dec_patch_size": 16,
+        "num_latent_tokens": arguments["num_latent_tokens"],
+        "finetune_decoder": preset in ("titok-l-32", "titok-b-64", "titok-s-128"),
+    }
+    if not vq_model["finetune_decoder"]:
+        vq_model["is_legacy"] = False
+    if preset.endswith("vae"):
+        vq_model["quantize_mode"] = "vae"  # and nothing about a codebook
+    else:
+        vq_model |= {"codebook_size": arguments["num_codes"], "commitment_cost": 0.25}
+        vq_model["use_l2_norm"] = vq_model["finetune_decoder"]
+    if preset.startswith("ta") and preset.endswith("vq"):
+        vq_model |= {"quantize_mode": "vq", "clustering_vq": False}
+    experiment = {"tokenizer_checkpoint": f"{preset}.bin", "output_dir": preset}
+    return {
+        "experiment": experiment,
+        "model": {"vq_model": vq_model},
+        "dataset": {"preprocessing": {"crop_size": 256}},
+    }
+
+
+@pytest.mark.parametrize("preset", TiTok.presets)
+def test_published_configurations(preset):
+    with torch.device("meta"):
+        model = TiTok.from_preset(preset)
+        state = parts(SYSTEM)["vq_model"].save(model)
+    original = OriginalConfig(published(preset))
+    config = parts(SYSTEM)["vq_model"].config(state, original)
+    original.finish()
     assert config == {name: model.config[name] for name in config}
 
 
@@ -155,6 +197,22 @@ def test_optional_keys_have_the_official_defaults():
 def test_contradicting_and_unknown_arguments(name, value, message):
     config = config_of("vq")
     config["model"]["vq_model"][name] = value
+    with pytest.raises(ValueError, match=message):
+        load_original(SYSTEM, state_of("vq"), original_config=config)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "given", "message"),
+    [
+        (5, "base", "'vit_sizes'] is 5; expected names"),
+        ({"odd": {"width": 64, "layers": 2}}, "odd", "lacks vit_sizes.odd.heads"),
+        ({"odd": 64}, "odd", "lacks vit_sizes.odd.width"),
+        ({}, ["base"], r"vit_enc_model_size = \['base'\]; known are small, base, large"),
+    ],
+)
+def test_sizes_of_another_kind(sizes, given, message):
+    config = config_of("vq") | {"vit_sizes": sizes}
+    config["model"]["vq_model"]["vit_enc_model_size"] = given
     with pytest.raises(ValueError, match=message):
         load_original(SYSTEM, state_of("vq"), original_config=config)
 

@@ -73,7 +73,7 @@ def pull(folder: Path) -> None:
             loaders = {"hfgen.AutoModel": hfgen.AutoModel, "diffusers.AutoModel": AutoModel}
             for loader, auto_class in loaders.items():
                 loaded = auto_class.from_pretrained(repo, subfolder=subfolder)
-                expected = build_model(model).state_dict()
+                expected = build_model(model, **case.changes.get(subfolder, {})).state_dict()
                 report[name][f"{loader} {subfolder}"] = all(
                     torch.equal(value, expected[key]) for key, value in loaded.state_dict().items()
                 )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -62,7 +63,8 @@ class PipelineCase:
         changeable: tensors that a callback may replace.
         read_directly: parts of components whose weights a call reads without the component's hooks, as
             ``"component.part"``; the pipeline itself brings them to its device.
-        schedulers: constructor argument -> name of a public scheduler.
+        schedulers: constructor argument -> name of a public scheduler, or of one of diffusers.
+        changes: constructor argument -> what differs in the model's arguments from those of its own case.
     """
 
     components: Mapping[str, str]
@@ -73,6 +75,7 @@ class PipelineCase:
     changeable: tuple[str, ...]
     read_directly: tuple[str, ...] = ()
     schedulers: Mapping[str, str] = field(default_factory=dict)
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def draws(*shape: int) -> Tensor:
@@ -109,6 +112,25 @@ def _vqvae_latents(batch: int) -> Tensor:
 
 
 MODELS: dict[str, ModelCase] = {
+    "DiT": ModelCase(
+        arguments={
+            "sample_size": 8,
+            "in_channels": 3,
+            "num_classes": 5,
+            "num_layers": 2,
+            "width": 16,
+            "num_heads": 2,
+            "mlp_ratio": 2.0,
+            "has_duration": True,
+        },
+        inputs=lambda batch: {
+            "hidden_states": draws(batch, 3, 8, 8),
+            "timestep": torch.linspace(1, 0.5, 4)[:batch],
+            "class_labels": labels(batch, 6),
+            "duration": torch.linspace(0.25, 0.5, 4)[:batch],
+        },
+        smooth=lambda model, inputs: model(**inputs).sample,
+    ),
     "ImageBert": ModelCase(
         arguments={**MASKED_SIZES, "dropout": 0.0, "attention_dropout": 0.0},
         inputs=lambda batch: masked_inputs(batch),
@@ -169,6 +191,24 @@ MODELS: dict[str, ModelCase] = {
                 torch.zeros(1, NUM_TOKENS, dtype=torch.long)
             ),
         },
+    ),
+    "NCSNpp": ModelCase(
+        arguments={
+            "sample_size": 8,
+            "base_channels": 8,
+            "channel_multipliers": (1, 2),
+            "layers_per_block": 1,
+            "time_embedding": "fourier",
+            "resampling": "fir",
+            "pyramid": True,
+            "divide_by_time": True,
+            "dropout": 0.0,
+        },
+        inputs=lambda batch: {
+            "hidden_states": draws(batch, 3, 8, 8),
+            "timestep": torch.linspace(900, 100, 4)[:batch],
+        },
+        smooth=lambda model, inputs: model(**inputs).sample,
     ),
     "TiTok": ModelCase(
         arguments={
@@ -240,10 +280,27 @@ QUANTIZERS: dict[str, QuantizerCase] = {
 }
 
 SCHEDULERS: dict[str, Mapping[str, Any]] = {
+    "FlowMatchEulerDiscreteScheduler": {"shift": 1.5},
+    "InterpolantSDEScheduler": {"num_inference_steps": 4},
     "MaskedTokenScheduler": {"num_inference_steps": 4, "guidance_scale": 2.0, "guidance_schedule": "linear"},
+    "RespacedDDPMScheduler": {"respacing": "4", "clip_sample": True},
 }
 
 PIPELINES: dict[str, PipelineCase] = {
+    "ImageDiffusionPipeline": PipelineCase(
+        components={"transformer": "DiT"},
+        changes={"transformer": {"out_channels": 6, "has_duration": False}},
+        schedulers={"scheduler": "RespacedDDPMScheduler"},
+        arguments={
+            "class_names": ["red", "green", "blue", "cyan", "pink"],
+            "guidance_channels": 2,
+            "prediction_type": "epsilon",
+        },
+        condition=lambda count: {"class_labels": labels(count, 5).tolist()},
+        single={"class_labels": 0},
+        steps=4,
+        changeable=("latents",),
+    ),
     "MaskGITPipeline": PipelineCase(
         components={"vq_model": "MaskGITVQGAN", "transformer": "MaskGITTransformer"},
         schedulers={"scheduler": "MaskedTokenScheduler"},
@@ -252,6 +309,24 @@ PIPELINES: dict[str, PipelineCase] = {
         single={"class_labels": 0},
         steps=4,
         changeable=(),  # what replaces codes must be codes, which tests/pipelines/test_maskgit.py does
+    ),
+    "MeanFlowPipeline": PipelineCase(
+        components={"transformer": "DiT"},
+        arguments={"class_names": ["red", "green", "blue", "cyan", "pink"]},
+        condition=lambda count: {"class_labels": labels(count, 5).tolist()},
+        single={"class_labels": 0},
+        steps=1,
+        changeable=("latents",),
+    ),
+    "RectifiedFlowPipeline": PipelineCase(
+        components={"transformer": "DiT"},
+        changes={"transformer": {"has_duration": False}},
+        schedulers={"scheduler": "FlowMatchEulerDiscreteScheduler"},
+        arguments={"class_names": ["red", "green", "blue", "cyan", "pink"]},
+        condition=lambda count: {"class_labels": labels(count, 5).tolist()},
+        single={"class_labels": 0},
+        steps=28,
+        changeable=("latents",),
     ),
     "VARPipeline": PipelineCase(
         components={"vq_model": "MultiScaleVQVAE", "transformer": "VARTransformer"},
@@ -277,9 +352,13 @@ def build_quantizer(name: str, **changes: Any) -> nn.Module:
 
 def build_pipeline(name: str, **arguments: Any):
     """The tiny pipeline, with its progress bar off; ``arguments`` are those that it can do without."""
-    components = {argument: build_model(model) for argument, model in PIPELINES[name].components.items()}
+    components = {
+        argument: build_model(model, **PIPELINES[name].changes.get(argument, {}))
+        for argument, model in PIPELINES[name].components.items()
+    }
     for argument, scheduler in PIPELINES[name].schedulers.items():
-        components[argument] = getattr(hfgen, scheduler)(**SCHEDULERS[scheduler])
+        library = hfgen if scheduler in hfgen.__all__ else diffusers
+        components[argument] = getattr(library, scheduler)(**SCHEDULERS[scheduler])
     pipeline = getattr(hfgen, name)(**components, **arguments)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

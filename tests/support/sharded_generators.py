@@ -18,12 +18,12 @@ def compare(name: str, accelerator: Accelerator) -> dict[str, object]:
     """Outputs of the whole and of the sliced model, and whether the parameters inside its blocks are slices."""
     model, inputs = build_model(name).eval(), MODELS[name].inputs(2)
     with torch.no_grad():
-        whole = model(**inputs).logits
+        whole = model(**inputs)[0]
     # Now, because FSDP renames their classes.
     blocks = [part for part in model.modules() if type(part).__name__ in model._repeated_blocks]
     placement = FullySharded(accelerator, "no")
     placement.place(model)
-    sharded = placement.wrap(model)(**inputs).logits
+    sharded = placement.wrap(model)(**inputs)[0]
     sharded.square().mean().backward()
     parameters = [parameter for block in blocks for parameter in block.parameters()]
     sliced = bool(parameters) and all(isinstance(parameter, DTensor) for parameter in parameters)

@@ -37,7 +37,6 @@ class ImageBert(MaskedTokenTransformer):
     _repeated_blocks = ["BertLayer"]
     _skip_layerwise_casting_patterns = ["embed", "LayerNorm"]
 
-    default_scheduler = "titok-l32"
     original_system = "titok"
     original_part = "image_bert"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -78,6 +77,11 @@ class ImageBert(MaskedTokenTransformer):
         self.gradient_checkpointing = False
         nn.init.normal_(self.lm_head.weight, std=0.02)
         nn.init.zeros_(self.lm_head.bias)
+
+    @property
+    def default_scheduler(self) -> str:
+        """Published are the weights of 32 and of 64 tokens."""
+        return "titok-l32" if self.config.num_tokens <= 32 else "titok-b64"
 
     def encode_tokens(self, codes: Tensor, class_labels: Tensor) -> Tensor:
         """The last hidden states (B, 1 + N, C), class token first."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
@@ -18,10 +16,10 @@ class MaskedTokenTransformer(HFGenModel):
     - ``encode_tokens(codes, class_labels)``: the last hidden states (B, 1 + N, C), class token first;
     - ``logits_of(hidden_states)``: (..., C) -> (..., num_codes) float32;
     - ``default_scheduler``: the preset of :class:`~hfgen.schedulers.masked_token.MaskedTokenScheduler` that the
-      published weights are sampled with.
+      published weights with about as many tokens are sampled with.
     """
 
-    default_scheduler: ClassVar[str]
+    default_scheduler: str
 
     @property
     def mask_token_id(self) -> int:

@@ -42,7 +42,6 @@ class MaskGITTransformer(MaskedTokenTransformer):
     _repeated_blocks = ["BertLayer"]
     _skip_layerwise_casting_patterns = ["embed", "norm", "LayerNorm"]
 
-    default_scheduler = "maskgit"
     original_system = "maskgit"
     original_part = "transformer"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -90,6 +89,11 @@ class MaskGITTransformer(MaskedTokenTransformer):
         self.head_bias = nn.Parameter(torch.zeros(vocabulary))
         self.gradient_checkpointing = False
         self.init_weights()
+
+    @property
+    def default_scheduler(self) -> str:
+        """Published are the weights of 256 tokens (images of 256 pixels) and of 1024 (512 pixels)."""
+        return "maskgit" if self.config.num_tokens <= 256 else "maskgit-512"
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -35,9 +35,9 @@ class ViTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, _NORM_EPS)
         self.ff = FeedForward(width, inner_dim=mlp_ratio * width, activation_fn="gelu")
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, N, W) -> (B, N, W)."""
-        hidden_states = hidden_states + self.attn(self.norm1(hidden_states))
+    def forward(self, hidden_states: Tensor, kept: slice = slice(None)) -> Tensor:
+        """(B, N, W) -> (B, M, W): the ``kept`` ones of the N tokens, of which all are attended to."""
+        hidden_states = (hidden_states + self.attn(self.norm1(hidden_states)))[:, kept]
         return hidden_states + self.ff(self.norm2(hidden_states))
 
 
@@ -55,25 +55,26 @@ class _LatentViT(nn.Module):
         self.norm_post = nn.LayerNorm(width, _NORM_EPS)
         self.gradient_checkpointing = False
 
-    def _run(self, grid: Tensor, *others: Tensor) -> Tensor:
-        """All blocks over [class, grid, others]."""
+    def _run(self, kept: slice, grid: Tensor, *others: Tensor) -> Tensor:
+        """All blocks over [class, grid, others], of which the ``kept`` tokens come out."""
         class_token = self.class_embed.expand(len(grid), 1, -1)
         grid = torch.cat([class_token, grid], dim=1) + self.position_embed
         hidden_states = self.norm_pre(torch.cat([grid, *others], dim=1))
         for block in self.blocks:
+            tokens = kept if block is self.blocks[-1] else slice(None)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, tokens)
             else:
-                hidden_states = block(hidden_states)
+                hidden_states = block(hidden_states, tokens)
         return hidden_states
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """The published initialisation."""
+        """The published initialisation, and :func:`init_layer` for narrower networks than the published ones."""
         width = self.class_embed.shape[-1]
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                init_layer(module)
+                init_layer(module, width)
         for block in self.blocks:
             for projection in (block.attn.to_q, block.attn.to_k, block.attn.to_v):
                 # Xavier's bound for the fused projection (3 W, W) of the published network.
@@ -82,9 +83,13 @@ class _LatentViT(nn.Module):
             nn.init.normal_(parameter, std=width**-0.5)
 
 
-def init_layer(layer: nn.Linear | nn.Conv2d) -> None:
-    """Truncated normal weights of standard deviation 0.02 and zero bias."""
-    nn.init.trunc_normal_(layer.weight, std=0.02)
+def init_layer(layer: nn.Linear | nn.Conv2d, width: int) -> None:
+    """Truncated normal weights and zero bias, for a layer of a network of the given width.
+
+    The published networks, of width 512 and more, start with standard deviation 0.02. In a narrower one that lets so
+    little of the image through to the latent tokens that it does not learn to use them; there it is fan_in**-0.5.
+    """
+    nn.init.trunc_normal_(layer.weight, std=0.02 if width >= 512 else layer.weight[0].numel() ** -0.5)
     nn.init.zeros_(layer.bias)
 
 
@@ -122,7 +127,7 @@ class LatentViTEncoder(_LatentViT):
         """(B, 3, H, W) -> (B, K, out_channels)."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)
         latents = (self.latent_tokens + self.latent_position_embed).expand(len(images), -1, -1)
-        latents = self.norm_post(self._run(patches, latents)[:, -latents.shape[1] :])
+        latents = self.norm_post(self._run(slice(1 + self.grid_tokens, None), patches, latents))
         if self.reinterpret:
             latents = latents.reshape(len(latents), latents.shape[2], latents.shape[1]).transpose(1, 2)
         return self.proj_out(latents)
@@ -164,4 +169,4 @@ class LatentViTDecoder(_LatentViT):
         if text_embeds is not None:
             others.append(self.text_proj(text_embeds) + self.text_position_embed)
         masks = self.mask_token.expand(len(latents), self.grid_tokens, -1)
-        return self.norm_post(self._run(masks, *others)[:, 1 : 1 + self.grid_tokens])
+        return self.norm_post(self._run(slice(1, 1 + self.grid_tokens), masks, *others))

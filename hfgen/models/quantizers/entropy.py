@@ -49,6 +49,7 @@ class EntropyVectorQuantizer(VectorQuantizer):
         entropy_weight: weight of :func:`codebook_entropy_loss`; 0 leaves the term out.
         entropy_temperature: its temperature.
         entropy_assignment: its ``assignment``.
+        restart_after: as in :class:`VectorQuantizer`.
     """
 
     def __init__(
@@ -60,8 +61,11 @@ class EntropyVectorQuantizer(VectorQuantizer):
         entropy_weight: float = 0.1,
         entropy_temperature: float = 0.01,
         entropy_assignment: Literal["softmax", "argmax"] = "softmax",
+        restart_after: int = 0,
     ):
-        super().__init__(num_codes, code_dim, commitment_weight, legacy_beta=legacy_beta)
+        super().__init__(
+            num_codes, code_dim, commitment_weight, restart_after=restart_after, legacy_beta=legacy_beta
+        )
         if entropy_assignment not in ("softmax", "argmax"):
             raise ValueError(f"entropy_assignment={entropy_assignment!r} must be 'softmax' or 'argmax'.")
         if entropy_temperature <= 0:

@@ -36,6 +36,7 @@ class MaskGITVQGAN(HFGenModel):
         entropy_weight, entropy_temperature, entropy_assignment: the entropy term of the quantizer loss, see
             :class:`~hfgen.models.quantizers.entropy.EntropyVectorQuantizer`.
         dropout: dropout in the residual blocks.
+        restart_after: revive codes that were not used for so many training steps; 0 never does.
     """
 
     _supports_gradient_checkpointing = True
@@ -64,6 +65,7 @@ class MaskGITVQGAN(HFGenModel):
         entropy_temperature: float = 0.01,
         entropy_assignment: Literal["softmax", "argmax"] = "softmax",
         dropout: float = 0.0,
+        restart_after: int = 0,
     ):
         super().__init__()
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
@@ -78,6 +80,7 @@ class MaskGITVQGAN(HFGenModel):
             entropy_weight,
             entropy_temperature,
             entropy_assignment,
+            restart_after,
         )
         if image_size % self.downsample_factor:
             raise ValueError(f"image_size={image_size} must be a multiple of {self.downsample_factor}.")

@@ -190,13 +190,13 @@ class TiTok(HFGenModel, AttentionMixin):
             self.code_head = nn.Sequential(
                 nn.Linear(width, 2 * width), nn.Tanh(), nn.Linear(2 * width, num_proxy_codes)
             )
-            init_layer(self.code_head[0])
-            init_layer(self.code_head[2])
+            init_layer(self.code_head[0], width)
+            init_layer(self.code_head[2], width)
         else:
             self.patch_head = nn.Linear(width, 3 * decoder_patch_size**2)
             self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
-            init_layer(self.patch_head)
-            init_layer(self.conv_out)
+            init_layer(self.patch_head, width)
+            init_layer(self.conv_out, width)
         self.pixel_decoder = None
         if pixel_channels is not None:
             if grid_size * 2 ** (len(pixel_channels) - 1) != image_size:
