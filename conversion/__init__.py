@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from diffusers import ModelMixin
 from torch import Tensor
 
 from hfgen.conversion.checkpoints import read_checkpoint
@@ -106,20 +107,25 @@ def load_original(
     return choices[part].load(content, original_config)
 
 
-def to_original(model: HFGenModel, system: str | None = None, part: str | None = None) -> dict[str, Tensor]:
+def to_original(model: ModelMixin, system: str | None = None, part: str | None = None) -> dict[str, Tensor]:
     """The weights of a model as the state dict that the official code loads; tensors may share the model's memory.
 
     Args:
-        model: the model.
+        model: the model, of hfgen or diffusers.
         system, part: whose layout, where several repositories have one for the class of the model; by default that of
-            the first.
+            the first. A class of diffusers does not name one.
 
     Raises:
         ValueError: the class of the model has no official layout, or this one has no place for all of its weights.
     """
-    system, part = system or model.original_system, part or model.original_part
+    system = system or getattr(model, "original_system", None)
+    part = part or getattr(model, "original_part", None)
     if system is None or part is None:
-        raise ValueError(f"{type(model).__name__} has no official checkpoint layout.")
+        missing = " and ".join(name for name, value in (("system", system), ("part", part)) if value is None)
+        raise ValueError(
+            f"A {type(model).__name__} names no official checkpoint layout: give {missing}, such as "
+            "to_original(model, 'sd3', 'transformer')."
+        )
     choices = parts(system)
     if part not in choices or not isinstance(model, choices[part].model):
         names = ", ".join(name for name, choice in choices.items() if isinstance(model, choice.model)) or "none"

@@ -50,7 +50,9 @@ class Config(TrainingConfig):
     entropy_weight: float = flag(0.02, "weight of the entropy term inside it, which spreads the codes; 0: none")
     entropy_temperature: float = flag(0.01, "temperature of the entropy term")
 
+    restart_after: int = flag(0, "revive codes unused for N steps; 0 never")
     quantizer_weight: float = flag(1.0, "weight of the quantizer's loss, beside a weight of 1 of the squared error")
+    l1_weight: float = flag(0.0, "weight of the absolute error, also on the scale [0, 1]")
     perceptual_weight: float = flag(0.0, "weight of LPIPS; 0 switches it off")
     perceptual_source: str | None = flag(
         None, "folder or Hub id with the LPIPS weights; needed if its weight is not 0"
@@ -83,6 +85,7 @@ class MaskGITVQGANTask(Task):
             commitment_weight=config.commitment_weight,
             entropy_weight=config.entropy_weight,
             entropy_temperature=config.entropy_temperature,
+            restart_after=config.restart_after,
         )
         self.modules, self.averaged = {"tokenizer": model}, ("tokenizer",)
         self.phases = {"tokenizer": Phase(("tokenizer",), no_decay=("embedding",))}
@@ -107,6 +110,9 @@ class MaskGITVQGANTask(Task):
 
         log = {"l2": F.mse_loss(output.sample, pixels) / 4, **output.losses}  # on the scale [0, 1]
         loss = log["l2"] + config.quantizer_weight * output.loss
+        if config.l1_weight > 0:
+            log["l1"] = F.l1_loss(output.sample, pixels) / 2
+            loss = loss + config.l1_weight * log["l1"]
         if config.perceptual_weight > 0:
             log["lpips"] = self.lpips(output.sample, pixels).mean()
             loss = loss + config.perceptual_weight * log["lpips"]

@@ -105,7 +105,8 @@ class TiTokTask(Task):
             yield "tokenizer", log["proxy"] + config.quantizer_weight * output.loss, log
             return
 
-        weights = {"perceptual_weight": config.perceptual_weight, "quantizer_weight": self.quantizer_weight}
+        names = ("l1_weight", "perceptual_weight")
+        weights = {name: getattr(config, name) for name in names} | {"quantizer_weight": self.quantizer_weight}
         adversarial, fake = config.adversarial_weight > 0 and draws.step >= config.discriminator_start, None
         if adversarial:
             weights["adversarial_weight"] = config.adversarial_weight
@@ -142,8 +143,7 @@ def main() -> None:
     config = parse_config(Config, description=__doc__)
     for message in questionable_settings(config):
         logging.getLogger(__name__).warning("Is this wanted? %s.", message)
-    trainer = Trainer(config)
-    trainer.fit(TiTokTask(config), training_images(config))
+    Trainer(config).fit(TiTokTask(config), training_images(config))
 
 
 if __name__ == "__main__":

@@ -107,6 +107,12 @@ class TrainingConfig:
         group="optimisation",
     )
     learning_rate: float = flag(1e-4, "peak learning rate", group="optimisation")
+    adamw_ratio: float = flag(
+        1.0,
+        "with --optimizer muon: learning rate of what it leaves to AdamW (embeddings, codes, norms, outer layers) / "
+        "--learning_rate",
+        group="optimisation",
+    )
     lr_schedule: Literal["constant", "cosine", "linear", "lin0"] = flag(
         "constant", "shape after the warm-up; lin0 is VAR's: hold for a twentieth, then linear", group="optimisation"
     )
@@ -193,6 +199,8 @@ class TrainingConfig:
         for name in ("warmup_steps", "checkpointing_steps", "validation_steps", "num_workers", "max_grad_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must not be negative.")
+        if not self.adamw_ratio > 0:
+            raise ValueError(f"--adamw_ratio is {self.adamw_ratio}; it must be positive.")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise ValueError(f"--peak_tflops is {self.peak_tflops}; it must be positive, or 'none'.")
         if not 0.0 <= self.ema_decay < 1.0:

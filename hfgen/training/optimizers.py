@@ -109,6 +109,7 @@ def make_optimizers(
         matrices, others = split_hidden_matrices(groups, modules) if config.optimizer == "muon" else ([], groups)
         found_matrix = found_matrix or bool(matrices)
         if matrices:
+            others = [{**group, "left_to_adamw": True} for group in others]
             optimizers[name] = MuonWithAdamW(matrices, others, **adam)
         elif config.optimizer == "adamw8bit":
             optimizers[name] = _adamw8bit(groups, config)
@@ -142,7 +143,8 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, phase: Phase, config: 
         max_steps=config.max_train_steps,
     )
     for group in optimizer.param_groups:
-        for name, value in (("lr", rate), ("weight_decay", decay if group["decay"] else 0.0)):
+        ratio = config.adamw_ratio if group.get("left_to_adamw", False) else 1.0
+        for name, value in (("lr", rate * ratio), ("weight_decay", decay if group["decay"] else 0.0)):
             if isinstance(group[name], Tensor):
                 group[name].fill_(value)
             else:

@@ -37,6 +37,7 @@ class TiTokTrainingConfig(TrainingConfig):
     commitment_weight: float = flag(0.25, "weight of the encoder's term inside the quantizer's loss")
     quantizer_weight: float = flag(1.0, "weight of the quantizer's loss; stage 2 has none")
     kl_weight: float = flag(1e-6, "weight of the divergence of an image, a sum over tokens and channels")
+    l1_weight: float = flag(0.0, "weight of the absolute error; that of the squared error is 1")
     perceptual_weight: float = flag(0.0, "weight of the mean of LPIPS and the ConvNeXt distance; 0 switches it off")
     perceptual_source: str | None = flag(None, "folder or Hub id with the weights of both")
     lpips_weight: float = flag(1.0, "share of LPIPS in the mean")

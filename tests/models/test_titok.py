@@ -147,11 +147,12 @@ def test_text_reaches_every_patch():
 def test_training_moves_unused_codes_to_features():
     model = build_model("TiTok", **FORMS["clustering"]).train()
     before = model.quantizer.embedding.weight.clone()
+    unused = torch.ones(16, dtype=torch.bool)  # in all steps: a code that was in use once waits before it moves
     for _ in range(100):
         with torch.no_grad():
             codes = model.encode(pixels()).codes
+        unused.index_fill_(0, codes.flatten().unique(), False)
     features = model.features(pixels()).detach().flatten(0, 1)
-    unused = torch.ones(16, dtype=torch.bool).index_fill_(0, codes.flatten().unique(), False)
     distance = torch.cdist(model.quantizer.embedding.weight.detach(), features).amin(1)
     assert unused.any() and distance[unused].max() < 0.01 < torch.cdist(before, features).amin(1).max()
 

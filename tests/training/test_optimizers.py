@@ -129,11 +129,12 @@ def test_hidden_matrices_are_the_linear_weights_of_blocks():
     assert sum(len(group["params"]) for group in [*matrices, *others]) == len(list(model.parameters()))
 
 
-def test_muon_is_torchs_muon_beside_torchs_adamw(toy, tmp_path):
+@pytest.mark.parametrize("ratio", [1.0, 0.125])
+def test_muon_is_torchs_muon_beside_torchs_adamw(ratio, toy, tmp_path):
     torch.manual_seed(0)
     model, twin = BlockModel(), BlockModel()
     twin.load_state_dict(model.state_dict())
-    config = toy.config(tmp_path, optimizer="muon", weight_decay=0.1)
+    config = toy.config(tmp_path, optimizer="muon", weight_decay=0.1, adamw_ratio=ratio)
     phase = Phase(("model",))
     ours = make_optimizers({"model": phase}, {"model": model}, config, torch.device("cpu"))["model"]
     hidden = [block.up.weight for block in twin.blocks] + [block.down.weight for block in twin.blocks]
@@ -142,16 +143,17 @@ def test_muon_is_torchs_muon_beside_torchs_adamw(toy, tmp_path):
     vectors = [p for p in rest if p.ndim <= 1]
     muon = torch.optim.Muon(hidden, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95)
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
     )
     for step in range(3):
         for network in (model, twin):
             network.zero_grad()
             network(torch.ones(2, 12)).square().mean().backward()
         set_hyperparameters(ours, phase, config, step)
-        for optimizer in (muon, adamw):
+        for optimizer, share in ((muon, 1.0), (adamw, ratio)):
             for group in optimizer.param_groups:
-                group["lr"] = ours.param_groups[0]["lr"]
+                group["lr"] = ours.param_groups[0]["lr"] * share
             optimizer.step()
         ours.step()
     for expected, actual in zip(twin.parameters(), model.parameters(), strict=True):

@@ -276,19 +276,19 @@ def test_titok_recipes_are_the_published_ones(name, preset, steps, warmup):
 
 
 @pytest.mark.parametrize(
-    ("name", "model", "batch", "final_rate"),
+    ("name", "model", "scheduler", "batch", "final_rate"),
     [
-        ("maskgit_imagenet256", MaskGITTransformer, 256, 1e-4),
-        ("maskgit_titok_l32", ImageBert, 2048, 1e-5),
-        ("maskgit_titok_s128", UViTBert, 2048, 1e-5),
+        ("maskgit_imagenet256", MaskGITTransformer, "maskgit", 256, 1e-4),
+        ("maskgit_titok_l32", ImageBert, "titok-l32", 2048, 1e-5),
+        ("maskgit_titok_s128", UViTBert, "titok-s128", 2048, 1e-5),
     ],
 )
-def test_maskgit_recipes_are_the_published_ones(name, model, batch, final_rate):
+def test_maskgit_recipes_are_the_published_ones(name, model, scheduler, batch, final_rate):
     config, processes = _recipe(name, "train_maskgit", "--tokenizer", "x")
     assert config.batch_size * config.gradient_accumulation_steps * processes == batch
     last = config.learning_rate * (1.0 if config.lr_schedule == "constant" else config.lr_final)
     assert last == pytest.approx(final_rate)
-    assert config.scheduler == model.default_scheduler
+    assert config.scheduler == scheduler
     published = inspect.signature(model.__init__).parameters
     for size in ("num_layers", "num_attention_heads", "hidden_size", "intermediate_size"):
         assert getattr(config, size) == published[size].default, size

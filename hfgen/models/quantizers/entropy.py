@@ -63,9 +63,7 @@ class EntropyVectorQuantizer(VectorQuantizer):
         entropy_assignment: Literal["softmax", "argmax"] = "softmax",
         restart_after: int = 0,
     ):
-        super().__init__(
-            num_codes, code_dim, commitment_weight, restart_after=restart_after, legacy_beta=legacy_beta
-        )
+        super().__init__(num_codes, code_dim, commitment_weight, restart_after=restart_after, legacy_beta=legacy_beta)
         if entropy_assignment not in ("softmax", "argmax"):
             raise ValueError(f"entropy_assignment={entropy_assignment!r} must be 'softmax' or 'argmax'.")
         if entropy_temperature <= 0:
