@@ -28,7 +28,8 @@ class MeanFlowOutput:
         loss: a scalar. With ``norm_power`` 1 its value is always near 1: watch ``squared_error``.
         squared_error: (B,), of the prediction against the target, summed over elements.
         velocity_error: (B,), of the prediction against eps - x0.
-        prediction, target, velocity, derivative: u, its target, the guided velocity and du/dt, each (B, C, H, W).
+        prediction, target, velocity, derivative: u, its target, the guided velocity and du/dt, each (B, C, H, W); the
+            last one is 0 where r = t.
     """
 
     loss: Tensor
@@ -90,7 +91,11 @@ def mean_flow_loss(
     if dropped is not None:
         guided = torch.where(_like(dropped, x0), velocity, guided)
         class_labels = torch.where(dropped, null_label, class_labels)
-    derivative = total_derivative(network, z, t, r, class_labels, guided)
+    # Where the interval is a point the target does not contain the derivative, which is the costly part of the step.
+    moves, derivative = t > r, torch.zeros_like(guided)
+    if moves.any():
+        part = total_derivative(network, z[moves], t[moves], r[moves], class_labels[moves], guided[moves])
+        derivative[moves] = part.to(derivative.dtype)
     target = guided - _like((t - r).clamp(0, 1), x0) * derivative
     prediction = model(z, t, class_labels, t - r, return_dict=False)[0]
 
@@ -177,7 +182,8 @@ def total_derivative(
         return network(z, t, class_labels, t - r, return_dict=False)[0]
 
     # The fused attention kernels have no forward-mode derivative.
-    with sdpa_kernel(SDPBackend.MATH):
+    # Nor do compiled blocks; the same weights run as they were written.
+    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         tangents = (velocity.to(z.dtype), torch.ones_like(t), torch.zeros_like(r))
         return torch.func.jvp(average_velocity, (z, t, r), tangents)[1]
 

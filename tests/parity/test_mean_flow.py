@@ -84,12 +84,14 @@ def official_loss(name):
         **guidance,
     )
     time = t[:, None, None, None]
+    z, y_inp = (1 - time) * x0 + time * eps, torch.where(dropped, model("jax").unconditional_label, labels("jax"))
     results = {
-        "z_t": (1 - time) * x0 + time * eps,
+        "z_t": z,
         "v_g": output.velocity,
-        "y_inp": torch.where(dropped, model("jax").unconditional_label, labels("jax")),
+        "y_inp": y_inp,
         "u": output.prediction,
-        "dudt": output.derivative,
+        # The loss leaves it out where the target does not contain it.
+        "dudt": total_derivative(model("jax"), z, t, r, y_inp, output.velocity),
         "u_tgt": output.target,
         "sq_error": output.squared_error,
         "loss": output.loss.detach(),
