@@ -25,11 +25,16 @@ RECIPES = (
     | {f"var_{size}": "train_var" for size in ("d16", "d20", "d24", "d30", "d36")}
     | {f"titok_{stage}": "train_titok" for stage in ("l32_stage1", "l32_stage2", "single_vq", "single_kl")}
     | {f"maskgit_{name}": "train_maskgit" for name in ("imagenet256", "titok_l32", "titok_s128")}
+    | {f"mean_flow_{size}": "train_mean_flow" for size in ("b4", "l2")}
+    | {name: "train_diffusion" for name in ("dit_xl2_256", "dit_xl2_512", "unet_adm_64", "unet_adm_256")}
+    | {f"sit_{size}": "train_rectified_flow" for size in ("b2", "xl2")}
+    | {"autoencoder_kl_f8": "train_autoencoder_kl"}
 )
 # Flags that a recipe cannot give, because they name what the user has.
 OWN = {
     "train_var": ["--tokenizer", "tokenizer"],
     "train_maskgit": ["--tokenizer", "tokenizer"],
+    "train_autoencoder_kl": ["--perceptual_source", "weights"],
     "train_titok": ["--vqgan", "vqgan", "--stage1", "stage1", "--perceptual_source", "weights"],
 }
 TINY = ["--max_train_steps", "2", "--batch_size", "4", "--limit", "8", "--num_validation_images", "2", "--no_progress"]
