@@ -15,6 +15,7 @@ from os.path import isabs
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from huggingface_hub import ModelCard, ModelCardData
 
 import hfgen
@@ -25,11 +26,17 @@ PLACEHOLDER = "USER/NAME"  # stands for the repository until it is known
 _INDEX_FILES = ("model_index.json", "config.json")
 # Licences by the identifiers of the Hub; another one is `other` with its name.
 _HUB_LICENCES = ("mit", "apache-2.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "openrail++")
+_ABSENT = [None, None]  # a component of a pipeline that it was saved without
 _PICTURE = re.compile(r"step-(\d+)_(.+)\.png")
 
 
 def write_short_card(
-    folder: Path, repo_id: str = PLACEHOLDER, *, origin: str | None = None, licence: str | None = None
+    folder: Path,
+    repo_id: str = PLACEHOLDER,
+    *,
+    origin: str | None = None,
+    licence: str | None = None,
+    converter: str | None = None,
 ) -> None:
     """Write the card of a saved model or pipeline: what it is, how to use it, whom to cite.
 
@@ -38,8 +45,9 @@ def write_short_card(
         repo_id: where it will be published.
         origin: a sentence on where the weights come from.
         licence: of the weights, None if it is not known.
+        converter: name of the converter that made it, which tells the system of a shared class.
     """
-    saved = _Saved(folder)
+    saved = _Saved(folder, [row for row in SYSTEMS if converter is not None and row.converter == converter])
     text = [f"# {_name(repo_id, saved)}", _summary(saved), *([origin] if origin else [])]
     text += _use(saved, repo_id)
     text += _licence(licence) + _citation(saved.row)
@@ -67,7 +75,7 @@ def write_run_card(
         example: training script as ``hfgen.systems`` names it, which tells the system of a shared class.
         licence: of the weights, None if its author did not choose one.
     """
-    saved = _Saved(folder, example)
+    saved = _Saved(folder, [row for row in SYSTEMS if example in row.examples])
     settings = json.loads((run / "training_config.json").read_text(encoding="utf-8"))
     settings = {name: portable(value) for name, value in settings.items()}
     records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -102,28 +110,47 @@ def portable(value: Any) -> Any:
 class _Saved:
     """What the files of a saved model or pipeline tell."""
 
-    def __init__(self, folder: Path, example: str | None = None) -> None:
+    def __init__(self, folder: Path, rows: Sequence[System]) -> None:
+        """``rows``: the systems that it can belong to, as far as it is known where it comes from."""
         index = next((folder / name for name in _INDEX_FILES if (folder / name).is_file()), None)
         if index is None:
             raise ValueError(f"{folder} holds neither {' nor '.join(_INDEX_FILES)}: it is no saved model or pipeline.")
         self.config: Mapping[str, Any] = json.loads(index.read_text(encoding="utf-8"))
         self.class_name = str(self.config.get("_class_name"))
         self.is_pipeline = index.name == _INDEX_FILES[0]
-        rows = [row for row in SYSTEMS if example in row.examples] or SYSTEMS
-        rows = [row for row in rows if self.class_name in row.classes]
+        self.network_config = _read_config(folder / "transformer") if self.is_pipeline else {}
+        of_diffusers = self.class_name not in hfgen.__all__ and hasattr(diffusers, self.class_name)
+        self.library = "diffusers" if of_diffusers else "hfgen"
+        # A model of diffusers is the class of no system.
+        rows = [row for row in rows or SYSTEMS if self.class_name in row.classes or (of_diffusers and row in rows)]
+        if self.is_pipeline:  # several systems share a class: first the one whose network it holds
+            library, network = self.config.get("transformer", (None, None))
+            rows.sort(key=lambda row: network not in row.classes if library == "hfgen" else row.generator is not None)
         self.row: System | None = rows[0] if rows else None
 
     @property
     def role(self) -> str:
         if self.is_pipeline:
             return "pipeline"
-        return "tokenizer" if self.row and self.row.tokenizer == self.class_name else "generator"
+        is_tokenizer = self.class_name == "AutoencoderKL" or (self.row and self.row.tokenizer == self.class_name)
+        return "tokenizer" if is_tokenizer else "generator"
 
-    def call_parameters(self) -> tuple[str, ...]:
-        """Arguments of the pipeline; none if this version of hfgen does not have it."""
+    @property
+    def condition(self) -> str | None:
+        """The argument of a call that says what to make: ``prompt``, ``prompt_embeds`` or ``class_labels``."""
         if not self.is_pipeline or self.class_name not in hfgen.__all__:
-            return ()
-        return tuple(inspect.signature(getattr(hfgen, self.class_name).__call__).parameters)
+            return None
+        parameters = inspect.signature(getattr(hfgen, self.class_name).__call__).parameters
+        if "prompt" in parameters and self.config.get("text_encoder") != _ABSENT:
+            return "prompt"
+        if any(self.network_config.get(name) for name in ("num_classes", "num_class_embeds")):
+            return "class_labels"
+        return "prompt_embeds" if "joint_attention_dim" in self.network_config else None
+
+    @property
+    def gives_latents(self) -> bool:
+        """Whether a pipeline of latents lacks its decoder."""
+        return self.config.get("vae") == _ABSENT and self.network_config.get("in_channels") != 3
 
 
 def _name(repo_id: str, saved: _Saved) -> str:
@@ -138,10 +165,14 @@ def _summary(saved: _Saved, made: str = "for hfgen") -> str:
 
 
 def _use(saved: _Saved, repo_id: str) -> list[str]:
-    lines = [f"from hfgen import {saved.class_name}", ""]
+    lines = [f"from {saved.library} import {saved.class_name}", ""]
     if saved.is_pipeline:
         lines.append(f'pipeline = {saved.class_name}.from_pretrained("{repo_id}")')
-        lines.append(f"image = pipeline({_condition(saved)}).images[0]")
+        if saved.gives_latents:
+            arguments = ", ".join([*_condition(saved), 'output_type="latent"'])
+            lines.append(f"latents = pipeline({arguments}).images")
+        else:
+            lines.append(f"image = pipeline({', '.join(_condition(saved))}).images[0]")
     elif saved.role == "tokenizer":
         lines.append(f'tokenizer = {saved.class_name}.from_pretrained("{repo_id}")')
         lines.append("reconstruction = tokenizer(pixels).sample  # (B, 3, H, W) in [-1, 1]")
@@ -150,12 +181,15 @@ def _use(saved: _Saved, repo_id: str) -> list[str]:
     return ["## Use", "```python\n" + "\n".join(lines) + "\n```"]
 
 
-def _condition(saved: _Saved) -> str:
-    parameters = saved.call_parameters()
-    names = saved.config.get("class_names")
-    if "class_labels" in parameters:
-        return f"class_labels={json.dumps(next(iter(names.values())) if isinstance(names, Mapping) and names else 0)}"
-    return 'prompt="a small red circle at the top left"' if "prompt" in parameters else ""
+def _condition(saved: _Saved) -> list[str]:
+    """The arguments of an example call."""
+    if saved.condition == "class_labels":
+        names = saved.config.get("class_names")
+        label = next(iter(names.values())) if isinstance(names, Mapping) and names else 0
+        return [f"class_labels={json.dumps(label)}"]
+    if saved.condition == "prompt_embeds":
+        return [*(f"{name}={name}" for name in ("prompt_embeds", "pooled_prompt_embeds")), "guidance_scale=1"]
+    return ['prompt="a small red circle at the top left"'] if saved.condition == "prompt" else []
 
 
 def _data(settings: Mapping[str, Any]) -> str:
@@ -216,6 +250,11 @@ def _last_pictures(folder: Path) -> dict[str, Path]:
     return {name: newest[name][1] for name in names}
 
 
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def _is_hub_id(dataset: Any) -> bool:
     return (
         isinstance(dataset, str)
@@ -232,13 +271,14 @@ def _write(
         licences = {"license": licence.lower()}
     elif licence is not None:
         licences = {"license": "other", "license_name": licence}
-    parameters = saved.call_parameters()
-    generates = {"prompt", "class_labels"} & set(parameters)
+    task = "image-to-image" if saved.role == "tokenizer" else None
+    if saved.is_pipeline and saved.class_name in hfgen.__all__:
+        task = "text-to-image" if saved.condition else "unconditional-image-generation"
     tags = ["hfgen", *(["diffusers"] if saved.is_pipeline else []), *([saved.row.key] if saved.row else [])]
     data = ModelCardData(
-        library_name="hfgen",
-        pipeline_tag="text-to-image" if generates else "image-to-image" if saved.role == "tokenizer" else None,
-        tags=[*tags, *(["class-conditional"] if "class_labels" in parameters else [])],
+        library_name=saved.library,
+        pipeline_tag=task,
+        tags=[*tags, *(["class-conditional"] if saved.condition == "class_labels" else [])],
         datasets=[dataset] if _is_hub_id(dataset) else None,
         **licences,
     )

@@ -23,6 +23,9 @@ examples:
   hfgen sample zoo/var-shapes --labels all --format grid --output outputs/shapes
   hfgen sample zoo/var-shapes --labels "red circle,cyan cross" --num 4 --guidance-scale 2 --top-k 50 --seed 1
   hfgen sample USER/MASKGIT --labels 0-9 --num-inference-steps 8 --guidance-scale 3 --token-temperature 1 --gif
+  hfgen sample USER/TEXT-TO-IMAGE --prompt "a red circle" "a blue cross" --negative-prompt blurry --num 4 --format grid
+  hfgen sample USER/TEXT-TO-IMAGE --prompts-file captions.txt --height 512 --width 768 --num-inference-steps 28
+  hfgen sample USER/UNCONDITIONAL --num 16 --format grid
   hfgen sample USER/MODEL --labels 207 --num 50000 --batch-size 64 --format npz --device cuda --dtype bfloat16
 
 Image number i is drawn from (seed, i) alone: it does not depend on the batch size or on how many are drawn.
@@ -40,6 +43,7 @@ examples:
   hfgen convert var var_d16.pth vae_ch160v4096z32.pth --output var-d16
   hfgen convert var vae_ch160v4096z32.pth --output var-vae --dtype float16
   hfgen convert titok tokenizer_titok_l32_imagenet generator_titok_l32_imagenet --output titok-l-32
+  hfgen convert dit DiT-XL-2-256x256.pt --vae stabilityai/sd-vae-ft-ema --output dit-xl-2
   hfgen convert maskgit maskgit_imagenet512_checkpoint tokenizer_imagenet512_checkpoint --output maskgit-512 \\
       --original-config vq_model.resolution=512
   hfgen convert var var_d36.pth vae_ch160v4096z32.pth --output var-d36 \\
@@ -103,8 +107,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     sample = _command(commands, "sample", "draw images from a pipeline", SAMPLE_EXAMPLES)
     sample.add_argument("pipeline", help="folder of a saved pipeline, or USER/NAME on the Hub")
-    sample.add_argument("--labels", required=True, type=_labels, help="0,1,2 or 5-9 or names of classes or all")
-    sample.add_argument("--num", type=_positive, default=1, metavar="N", help="images per label (default: 1)")
+    condition = sample.add_mutually_exclusive_group()
+    condition.add_argument("--labels", type=_labels,
+                           help="class-conditional pipelines: 0,1,2 or 5-9 or names of classes or all")  # fmt: skip
+    condition.add_argument("--prompt", nargs="+", metavar="TEXT", help="text-to-image pipelines: one or more prompts")
+    condition.add_argument("--prompts-file", type=Path, metavar="FILE", help="text file with one prompt per line")
+    sample.add_argument("--negative-prompt", metavar="TEXT", help="what to guide away from, with --prompt")
+    sample.add_argument("--num", type=_positive, default=1, metavar="N",
+                        help="images per label or prompt, or in all without one (default: 1)")  # fmt: skip
+    sample.add_argument("--height", type=_positive, metavar="N", help="pixels (default: as the model was trained)")
+    sample.add_argument("--width", type=_positive, metavar="N", help="pixels (default: as the model was trained)")
     sample.add_argument("--num-inference-steps", type=_positive, metavar="N", help="steps of an iterative sampler")
     sample.add_argument("--guidance-scale", type=float, metavar="W", help="classifier-free guidance; 1 is off")
     sample.add_argument("--temperature", type=float, metavar="T", help="divides the logits")
@@ -120,7 +132,8 @@ def build_parser() -> argparse.ArgumentParser:
                         help="one PNG per image, one PNG with all, or an array arr_0, uint8 (N, H, W, 3) "
                         "(default: png)")  # fmt: skip
     sample.add_argument("--gif", action="store_true",
-                        help="masked-token pipelines: also an animated GIF of the steps of each image")  # fmt: skip
+                        help="masked-token and rectified-flow pipelines: also an animated GIF of the steps of each "
+                        "image")  # fmt: skip
     _add_output(sample, "outputs")
     _add_device(sample)
 
@@ -146,6 +159,9 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--trust-pickle", action="store_true",
                          help="run the pickle program of the files: only for files that you trust as much as a "
                          "program")  # fmt: skip
+    convert.add_argument("--vae", metavar="DIR|USER/NAME",
+                         help="AutoencoderKL of diffusers, or a pipeline that holds one, to decode the latents of "
+                         "the pipeline that is written (dit, sit, mean_flow, sd3)")  # fmt: skip
     convert.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as in the files)")
     _add_debug(convert)
 

@@ -14,7 +14,7 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.utils import WeakFileLock
 
@@ -79,13 +79,18 @@ def save_official(
     row: ReleasedCheckpoint,
     output: Path,
     *,
+    vae: AutoencoderKL | None = None,
     dtype: torch.dtype | None = None,
     cache_dir: str | PathLike | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> DiffusionPipeline | HFGenModel:
-    """Download and convert a release into the folder ``output``, which appears when it is complete."""
+    """Download and convert a release into the folder ``output``, which appears when it is complete.
+
+    ``vae`` becomes a part of the pipeline, see :func:`assemble`; the other arguments are those of
+    :func:`from_official`.
+    """
     models = {}
     for file in row.files:
         path = download_file(
@@ -100,14 +105,14 @@ def save_official(
         )
         model = load_original(row.system, path, part=file.part, original_config=file.original_config)
         models[file.part] = model if dtype is None else model.to(dtype)
-    saved = assemble(row.system, models)
+    saved = assemble(row.system, models, vae)
 
     def write(folder: Path) -> None:
         saved.save_pretrained(folder)
         names = ", ".join(f"`{file.path}`" for file in row.files)
         source = f"[{row.repo}](https://huggingface.co/{row.repo})"
         origin = f"Weights of the authors: {names} of {source}, converted by hfgen {hfgen.__version__}."
-        write_short_card(folder, origin=origin, licence=row.licence)
+        write_short_card(folder, origin=origin, licence=row.licence, converter=row.system)
 
     write_folder(output, write)
     return saved
@@ -127,25 +132,38 @@ def find_released(name: str) -> ReleasedCheckpoint:
     return rows[name]
 
 
-def assemble(system: str, models: Mapping[str, HFGenModel]) -> DiffusionPipeline | HFGenModel:
+def assemble(
+    system: str, models: Mapping[str, HFGenModel], vae: AutoencoderKL | None = None
+) -> DiffusionPipeline | HFGenModel:
     """The pipeline of a system if ``models`` are all that it needs; else the single model.
 
+    Args:
+        system: name of the converter.
+        models: the converted parts by name.
+        vae: decoder for a pipeline of latents.
+
     Raises:
-        ValueError: several models that do not make a pipeline.
+        ValueError: several models that do not make a pipeline, or a vae that has no place in what they make.
     """
     reasons = []
-    for name in (row.pipeline for row in SYSTEMS if row.converter == system and row.pipeline):
-        pipeline_class = getattr(hfgen, name)
+    for row in (row for row in SYSTEMS if row.converter == system and row.pipeline):
+        pipeline_class = getattr(hfgen, row.pipeline)
         types = typing.get_type_hints(pipeline_class.__init__)
         parameters = inspect.signature(pipeline_class).parameters.values()
         needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
         components = {key: model for key in needed for model in models.values() if isinstance(model, types[key])}
         missing = [key for key in needed if key not in components]
         if not missing and len(components) == len(models):
-            return pipeline_class(**components)
-        reasons.append(f"{name} needs {', '.join(needed)}")
+            if vae is not None and "vae" not in types:
+                raise ValueError(f"A {row.pipeline} takes no vae; leave it out.")
+            decoder = {} if vae is None else {"vae": vae}
+            return pipeline_class(**components, **decoder, **row.pipeline_arguments)
+        reasons.append(f"{row.pipeline} needs {', '.join(needed)}")
     if len(models) == 1:
-        return next(iter(models.values()))
+        (model,) = models.values()
+        if vae is not None:
+            raise ValueError(f"A {type(model).__name__} alone makes no pipeline that a vae could decode for.")
+        return model
     raise ValueError(
         f"The parts {', '.join(models)} of {system} make no pipeline ({'; '.join(reasons) or 'it has none'}); convert "
         "them one by one."

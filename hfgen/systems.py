@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 TABLE_BEGIN = "<!-- systems: begin (written by `make readme`) -->"
 TABLE_END = "<!-- systems: end -->"
@@ -33,6 +35,9 @@ class System:
         converter: system name for ``hfgen.conversion.load_original``.
         examples: training scripts, relative to the repository root.
         zoo: folder below ``zoo/`` with a small trained pipeline.
+        pipeline_arguments: constructor arguments of the pipeline with which the published weights sample as published.
+        autoencoder: Hub id of the ``AutoencoderKL``, or of a pipeline that holds it, on whose latents the published
+            weights work, if that is not one of the system's own classes.
         notes: what a user should know before choosing the system.
     """
 
@@ -50,6 +55,8 @@ class System:
     converter: str | None = None
     examples: tuple[str, ...] = ()
     zoo: str | None = None
+    pipeline_arguments: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}), hash=False)
+    autoencoder: str | None = None
     notes: str = ""
 
     @property
@@ -165,6 +172,7 @@ SYSTEMS: tuple[System, ...] = (
         key="vae", title="VAE and KL-VAE", published="ICLR 2014", arxiv="1312.6114",
         paper="Auto-Encoding Variational Bayes",
         code=None, weights_licence=None,
+        examples=("examples/train_autoencoder_kl.py",),
         notes="diffusers.AutoencoderKL is accepted wherever a continuous tokenizer is.",
     ),
     System(
@@ -258,6 +266,8 @@ SYSTEMS: tuple[System, ...] = (
         paper="Scalable Diffusion Models with Transformers",
         code="facebookresearch/DiT", weights_licence="CC-BY-NC-4.0",
         generator="DiT", pipeline="ImageDiffusionPipeline", converter="dit",
+        pipeline_arguments=MappingProxyType({"guidance_channels": 3}), autoencoder="stabilityai/sd-vae-ft-ema",
+        examples=("examples/train_diffusion.py",),
         notes="Weights are for non-commercial use.",
     ),
     System(
@@ -265,6 +275,8 @@ SYSTEMS: tuple[System, ...] = (
         paper="SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers",
         code="willisma/SiT", weights_licence="MIT",
         generator="DiT", pipeline="RectifiedFlowPipeline", converter="sit",
+        autoencoder="stabilityai/sd-vae-ft-ema",
+        examples=("examples/train_rectified_flow.py",),
         notes="The network of DiT with interpolant paths.",
     ),
     System(
@@ -272,7 +284,7 @@ SYSTEMS: tuple[System, ...] = (
         paper="Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow",
         code="gnobitab/RectifiedFlow", weights_licence="none stated",
         generator="NCSNpp", pipeline="RectifiedFlowPipeline", converter="rectified_flow",
-        examples=("examples/reflow.py",),
+        examples=("examples/train_rectified_flow.py", "examples/reflow.py"),
         notes="With reflow, which straightens the paths for few-step sampling.",
     ),
     System(
@@ -280,6 +292,8 @@ SYSTEMS: tuple[System, ...] = (
         paper="Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
         code="Stability-AI/sd3.5", weights_licence="Stability AI Community License",
         pipeline="RectifiedFlowPipeline", converter="sd3",
+        autoencoder="stabilityai/stable-diffusion-3-medium-diffusers",
+        examples=("examples/train_rectified_flow.py",),
         notes="The network is diffusers.SD3Transformer2DModel.",
     ),
     System(
@@ -287,6 +301,8 @@ SYSTEMS: tuple[System, ...] = (
         paper="Mean Flows for One-step Generative Modeling",
         code="Gsunshine/meanflow", weights_licence="MIT",
         generator="DiT", pipeline="MeanFlowPipeline", converter="mean_flow",
+        autoencoder="stabilityai/sd-vae-ft-mse",
+        examples=("examples/train_mean_flow.py",),
         notes="One forward pass per image.",
     ),
     System(
@@ -307,7 +323,9 @@ SYSTEMS: tuple[System, ...] = (
 
 def as_dict(system: System) -> dict[str, object]:
     """A row as JSON values, with the derived ``status``."""
-    return dataclasses.asdict(system) | {"status": system.status}
+    # Not dataclasses.asdict, which cannot copy an immutable mapping.
+    row = {each.name: getattr(system, each.name) for each in dataclasses.fields(system)}
+    return row | {"pipeline_arguments": dict(system.pipeline_arguments), "status": system.status}
 
 
 def markdown_table() -> str:

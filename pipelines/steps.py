@@ -1,9 +1,10 @@
-"""The steps of a masked-token pipeline as pictures."""
+"""The steps of masked-token and rectified-flow pipelines as pictures."""
 
 from __future__ import annotations
 
 import os
 import uuid
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +18,19 @@ from torch import Tensor
 from hfgen.images import to_numpy
 
 
-class StepRecorder(PipelineCallback):
-    """Keeps the tokens of every step, for pictures of how images come about.
-
-    ::
-
-        recorder = StepRecorder()
-        pipe("red circle", callback_on_step_end=recorder)
-        recorder.save_gif(pipe, "steps.gif")
-
-    Attributes:
-        codes: (B, N) int64 for each step, with the tokens that stay masked after it.
-        predicted_codes: (B, N) int64 for each step, without masked tokens.
-    """
-
-    tensor_inputs = ["codes", "predicted_codes"]
+class ImageRecorder(PipelineCallback, ABC):
+    """Keeps something of every step of a pipeline, for pictures of how images come about."""
 
     def __init__(self) -> None:
         super().__init__(cutoff_step_ratio=1.0)
-        self.codes: list[Tensor] = []
-        self.predicted_codes: list[Tensor] = []
 
-    def callback_fn(
-        self, pipeline: Any, step_index: int, timestep: int, callback_kwargs: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Called by the pipeline; the record of an earlier call is dropped."""
-        if step_index == 0:
-            self.codes, self.predicted_codes = [], []
-        self.codes.append(callback_kwargs["codes"])
-        self.predicted_codes.append(callback_kwargs["predicted_codes"])
-        return callback_kwargs
-
-    @torch.no_grad()
+    @abstractmethod
     def frames(self, pipeline: Any, index: int = 0) -> list[PIL.Image.Image]:
         """One picture per step of the image ``index`` of the batch.
-
-        Left is the image of all predicted tokens. If the tokens are a grid, right is the same with those that are
-        masked again in grey.
 
         Raises:
             ValueError: nothing was recorded, or there is no such image.
         """
-        if not self.codes or not 0 <= index < len(self.codes[0]):
-            raise ValueError(f"No steps of image {index} were recorded: pass the recorder as callback_on_step_end.")
-        predicted = torch.stack([codes[index] for codes in self.predicted_codes])
-        images = pipeline.decode_latents(predicted).float()
-        grid = pipeline.grid_size
-        if grid is not None:
-            masked = torch.stack([codes[index] for codes in self.codes]) == pipeline.transformer.mask_token_id
-            masked = F.interpolate(masked.unflatten(1, (1, *grid)).float(), images.shape[-2:])
-            images = torch.cat([images, images.masked_fill(masked.bool(), 0.0)], dim=-1)
-        return [PIL.Image.fromarray(np.ascontiguousarray(frame)) for frame in to_numpy(images)]
 
     def save_gif(
         self, pipeline: Any, path: str | Path, *, index: int = 0, milliseconds: int = 200, upscale: int = 1
@@ -102,3 +65,100 @@ class StepRecorder(PipelineCallback):
         finally:
             temporary.unlink(missing_ok=True)
         return path
+
+
+class StepRecorder(ImageRecorder):
+    """Keeps the tokens of every step of a masked-token pipeline.
+
+    ::
+
+        recorder = StepRecorder()
+        pipe("red circle", callback_on_step_end=recorder)
+        recorder.save_gif(pipe, "steps.gif")
+
+    Attributes:
+        codes: (B, N) int64 for each step, with the tokens that stay masked after it.
+        predicted_codes: (B, N) int64 for each step, without masked tokens.
+    """
+
+    tensor_inputs = ["codes", "predicted_codes"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes: list[Tensor] = []
+        self.predicted_codes: list[Tensor] = []
+
+    def callback_fn(
+        self, pipeline: Any, step_index: int, timestep: int, callback_kwargs: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Called by the pipeline; the record of an earlier call is dropped."""
+        if step_index == 0:
+            self.codes, self.predicted_codes = [], []
+        self.codes.append(callback_kwargs["codes"])
+        self.predicted_codes.append(callback_kwargs["predicted_codes"])
+        return callback_kwargs
+
+    @torch.no_grad()
+    def frames(self, pipeline: Any, index: int = 0) -> list[PIL.Image.Image]:
+        """One picture per step of the image ``index`` of the batch.
+
+        Left is the image of all predicted tokens. If the tokens are a grid, right is the same with those that are
+        masked again in grey.
+
+        Raises:
+            ValueError: nothing was recorded, or there is no such image.
+        """
+        _check_recorded(self.codes, index)
+        predicted = torch.stack([codes[index] for codes in self.predicted_codes])
+        images = pipeline.decode_latents(predicted).float()
+        grid = pipeline.grid_size
+        if grid is not None:
+            masked = torch.stack([codes[index] for codes in self.codes]) == pipeline.transformer.mask_token_id
+            masked = F.interpolate(masked.unflatten(1, (1, *grid)).float(), images.shape[-2:])
+            images = torch.cat([images, images.masked_fill(masked.bool(), 0.0)], dim=-1)
+        return [PIL.Image.fromarray(np.ascontiguousarray(frame)) for frame in to_numpy(images)]
+
+
+class DenoisedRecorder(ImageRecorder):
+    """Keeps the image that every step of a rectified-flow pipeline points to.
+
+    ::
+
+        recorder = DenoisedRecorder()
+        pipe("red circle", callback_on_step_end=recorder)
+        recorder.save_gif(pipe, "steps.gif")
+
+    Attributes:
+        denoised: (B, C, h, w) float32 for each pass of the network, latents or pixels.
+    """
+
+    tensor_inputs = ["denoised"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.denoised: list[Tensor] = []
+
+    def callback_fn(
+        self, pipeline: Any, step_index: int, timestep: int, callback_kwargs: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Called by the pipeline; the record of an earlier call is dropped."""
+        if step_index == 0:
+            self.denoised = []
+        self.denoised.append(callback_kwargs["denoised"])
+        return callback_kwargs
+
+    @torch.no_grad()
+    def frames(self, pipeline: Any, index: int = 0) -> list[PIL.Image.Image]:
+        """One picture per pass of the image ``index`` of the batch, decoded one by one: they can be large.
+
+        Raises:
+            ValueError: nothing was recorded, or there is no such image.
+        """
+        _check_recorded(self.denoised, index)
+        images = [pipeline.decode_latents(denoised[index : index + 1]).float() for denoised in self.denoised]
+        return [PIL.Image.fromarray(np.ascontiguousarray(to_numpy(image)[0])) for image in images]
+
+
+def _check_recorded(steps: list[Tensor], index: int) -> None:
+    if not steps or not 0 <= index < len(steps[0]):
+        raise ValueError(f"No steps of image {index} were recorded: pass the recorder as callback_on_step_end.")

@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfgen.commands.shared import torch_dtype
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+
+from hfgen.commands.shared import load_tokenizer, torch_dtype
 from hfgen.conversion import load_original, parts, read_checkpoint, released, systems
 from hfgen.models.modeling import HFGenModel
 from hfgen.official import assemble, find_released, save_official
@@ -23,19 +26,21 @@ def run(options: argparse.Namespace) -> str:
         return convert_released(options)
     known = tuple(parts(options.system))
     settings = original_settings(options.original_config, known)
+    dtype = torch_dtype(options.dtype) if options.dtype else None
+    vae = load_autoencoder(options.vae, dtype) if options.vae else None
     models: dict[str, HFGenModel] = {}
     for file in options.files:
         for part, model in load_file(file, options, settings).items():
             if part in models:
                 raise ValueError(f"{file} holds the part {part} of {options.system} once more; give each part once.")
-            models[part] = model.to(torch_dtype(options.dtype)) if options.dtype else model
-    saved = assemble(options.system, models)
+            models[part] = model if dtype is None else model.to(dtype)
+    saved = assemble(options.system, models, vae)
     write_folder(options.output, lambda folder: saved.save_pretrained(folder))
 
     lines = [f"{options.output}: {type(saved).__name__} from {', '.join(models)}"]
     licences = {row.weights_licence for row in SYSTEMS if row.converter == options.system and row.weights_licence}
     lines.extend(f"licence of the official weights: {licence}" for licence in licences)
-    return "\n".join(lines)
+    return "\n".join([*lines, *missing_autoencoder(saved, options.system)])
 
 
 def convert_released(options: argparse.Namespace) -> str:
@@ -50,11 +55,38 @@ def convert_released(options: argparse.Namespace) -> str:
             raise ValueError(f"--{name.replace('_', '-')} is for files; {options.system} is known by its name.")
     row = find_released(options.system)
     dtype = torch_dtype(options.dtype) if options.dtype else None
-    saved = save_official(row, options.output, dtype=dtype)
-    return (
-        f"{options.output}: {type(saved).__name__} from {', '.join(file.path for file in row.files)} of {row.repo}\n"
-        f"licence of the official weights: {row.licence}"
-    )
+    vae = load_autoencoder(options.vae, dtype) if options.vae else None
+    saved = save_official(row, options.output, vae=vae, dtype=dtype)
+    files = ", ".join(file.path for file in row.files)
+    lines = [
+        f"{options.output}: {type(saved).__name__} from {files} of {row.repo}",
+        f"licence of the official weights: {row.licence}",
+    ]
+    return "\n".join([*lines, *missing_autoencoder(saved, row.system)])
+
+
+def load_autoencoder(source: str, dtype: torch.dtype | None) -> AutoencoderKL:
+    """The autoencoder at ``source``, or that of the pipeline at ``source``.
+
+    Raises:
+        OSError: there is neither.
+        ValueError: it is of another class.
+    """
+    vae = load_tokenizer(source, dtype)
+    if not isinstance(vae, AutoencoderKL):
+        raise ValueError(f"--vae {source} is of the class {type(vae).__name__}; expected an AutoencoderKL.")
+    return vae
+
+
+def missing_autoencoder(saved: DiffusionPipeline | HFGenModel, converter: str) -> list[str]:
+    """A line on what a pipeline of latents lacks that was written without its autoencoder; no line for others."""
+    if not isinstance(saved, DiffusionPipeline) or saved.components.get("vae", saved) is not None:
+        return []
+    rows = (row for row in SYSTEMS if row.converter == converter and row.pipeline == type(saved).__name__)
+    autoencoder = next(rows).autoencoder
+    if autoencoder is None:  # the published weights make pixels
+        return []
+    return [f"without an autoencoder the pipeline gives latents; for images add --vae {autoencoder}"]
 
 
 def check_output(path: Path, overwrite: bool) -> None:

@@ -8,16 +8,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from hfgen.auto import AutoModel, PipelineIndex
-from hfgen.commands.shared import torch_device, torch_dtype
+from hfgen.commands.shared import load_tokenizer, torch_device, torch_dtype
 from hfgen.data.rows import decode_image
 from hfgen.data.transforms import center_crop, resize_shorter_side, to_pixels, to_tensor, to_uint8
 from hfgen.evaluation.reconstruction import psnr
 from hfgen.images import make_strip, save_png
-from hfgen.models.modeling import HFGenModel
-
-# Names under which pipelines hold their image tokenizer.
-COMPONENTS = ("vq_model", "vae")
+from hfgen.pipelines.latents import downsample_factor
 
 
 def run(options: argparse.Namespace) -> str:
@@ -32,12 +28,12 @@ def run(options: argparse.Namespace) -> str:
     for path, target in zip(tqdm(options.images, unit="image", desc="reconstructing"), targets):
         image = decode_image(path, str(path))
         if size is None:
-            image = crop_to_multiple(image, tokenizer.downsample_factor)
+            image = crop_to_multiple(image, downsample_factor(tokenizer))
         else:
             image = center_crop(resize_shorter_side(image, size), size)
         original = to_tensor(image)[None]
         with torch.inference_mode():
-            sample = tokenizer(to_pixels(original).to(tokenizer.device)).sample
+            sample = tokenizer(to_pixels(original).to(tokenizer.device, tokenizer.dtype)).sample
         if sample is None:
             raise ValueError(f"{options.tokenizer} draws no images: a TiTok of stage 1 only predicts proxy codes.")
         reconstruction = to_uint8(sample).cpu()
@@ -54,20 +50,3 @@ def crop_to_multiple(image: Image.Image, factor: int) -> Image.Image:
     width, height = (side // factor * factor for side in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
-
-
-def load_tokenizer(source: str, dtype: torch.dtype) -> HFGenModel:
-    """The model at ``source``, or the image tokenizer of the pipeline at ``source``.
-
-    Raises:
-        OSError: there is neither a model nor a pipeline.
-        ValueError: the pipeline has no image tokenizer.
-    """
-    try:
-        components = PipelineIndex.load_config(source)
-    except OSError:
-        return AutoModel.from_pretrained(source, dtype=dtype)
-    found = [name for name in COMPONENTS if name in components]
-    if not found:
-        raise ValueError(f"{source!r} is a pipeline without an image tokenizer ({' or '.join(COMPONENTS)}).")
-    return AutoModel.from_pretrained(source, subfolder=found[0], dtype=dtype)

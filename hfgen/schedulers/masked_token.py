@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +9,10 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from hfgen.models.modeling import PortableConfigMixin
-from hfgen.models.untrusted import check_arguments
 from hfgen.sampling.guidance import GUIDANCE_SCHEDULES, guidance_schedule, resolve_guidance
 from hfgen.sampling.masked_tokens import (
     ANNEALINGS,
@@ -27,6 +23,7 @@ from hfgen.sampling.masked_tokens import (
     lowest,
     mask_ratio,
 )
+from hfgen.schedulers.base import HFGenScheduler
 
 # Where the guidance schedule stands at step t of T.
 GUIDANCE_PROGRESS = ("first-to-last", "before", "after")
@@ -94,7 +91,7 @@ class MaskedTokenSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor
 
 
-class MaskedTokenScheduler(PortableConfigMixin, SchedulerMixin, ConfigMixin):
+class MaskedTokenScheduler(HFGenScheduler):
     """Draws all masked tokens at once, keeps the most confident ones and masks the others again.
 
     One step t of T, for the guided logits l of the masked tokens::
@@ -134,8 +131,6 @@ class MaskedTokenScheduler(PortableConfigMixin, SchedulerMixin, ConfigMixin):
         ValueError: an unknown name, a negative temperature, or no steps.
     """
 
-    config_name = "scheduler_config.json"
-    order = 1
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         {
             "maskgit": {},
@@ -197,28 +192,6 @@ class MaskedTokenScheduler(PortableConfigMixin, SchedulerMixin, ConfigMixin):
             raise ValueError(f"softmax_temperatures must be two numbers above 0, got {softmax_temperatures}.")
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
-
-    @classmethod
-    def from_preset(cls, name: str) -> MaskedTokenScheduler:
-        """The published settings of a system.
-
-        Raises:
-            ValueError: unknown name.
-        """
-        if name not in cls.presets:
-            raise ValueError(f"{cls.__name__} has no preset {name!r}; known are: {', '.join(cls.presets)}.")
-        return cls(**cls.presets[name])
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
-        """As in diffusers, after a check of the types, since the configuration can be anybody's.
-
-        Raises:
-            ValueError: an argument of a wrong type or out of range.
-        """
-        known = inspect.signature(cls.__init__).parameters
-        check_arguments(cls, {name: value for name, value in {**config, **kwargs}.items() if name in known})
-        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def plan(
         self,

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hfgen.counters import counter_seed, generator, numpy_generator
 from hfgen.data.shapes import ShapesData
+from hfgen.data.shards import is_tar_source
 from hfgen.data.sources import ImageData, load_images
 from hfgen.data.tar_stream import TarImages
 from hfgen.training.config import TrainingConfig
@@ -132,8 +133,9 @@ def training_images(config: TrainingConfig) -> ShapesData | ImageData | TarImage
 def validation_images(config: TrainingConfig) -> Tensor:
     """The first images of the validation split, centre-cropped: uint8 (N, 3, H, W)."""
     count = config.num_validation_images
+    limit = None if is_tar_source(config.dataset) else count
     try:
-        data = _load(config, split=config.validation_split, crop="center", flip=False, limit=None)
+        data = _load(config, split=config.validation_split, crop="center", flip=False, limit=limit)
     except ValueError as error:
         raise ValueError(
             f"No validation images: {error}. Name another with --validation_split; 'train' shows training images."

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel
 from safetensors.torch import save_file
 
 from hfgen import AutoPipeline, RectifiedFlowPipeline
@@ -98,6 +98,13 @@ def test_what_is_missing_or_unknown_is_named():
         load_original("sd3", official(mmdit()), original_config={"depth": 24})
 
 
+def test_a_class_of_diffusers_names_no_layout():
+    with pytest.raises(ValueError, match="SD3Transformer2DModel names no official checkpoint layout: give system and"):
+        to_original(mmdit())
+    with pytest.raises(ValueError, match="names no official checkpoint layout: give part, "):
+        to_original(mmdit(), "sd3")
+
+
 def test_hfgen_convert_writes_a_pipeline(tmp_path):
     file = tmp_path / "sd3.safetensors"
     save_file({PREFIX + name: value.half() for name, value in official(mmdit()).items()}, file)
@@ -105,3 +112,18 @@ def test_hfgen_convert_writes_a_pipeline(tmp_path):
     loaded = AutoPipeline.from_pretrained(tmp_path / "pipeline")
     assert type(loaded) is RectifiedFlowPipeline and type(loaded.transformer) is SD3Transformer2DModel
     assert parts("sd3").keys() == {"transformer"}
+
+
+def test_hfgen_convert_adds_the_autoencoder(tmp_path, capsys):
+    file, vae = tmp_path / "sd3.safetensors", AutoencoderKL(block_out_channels=(4,), norm_num_groups=2)
+    save_file(official(mmdit()), file)
+    vae.save_pretrained(tmp_path / "vae")
+    assert main(["convert", "sd3", str(file), "--output", str(tmp_path / "latents")]) == 0
+    assert "gives latents; for images add --vae stabilityai/stable-diffusion-3-medium" in capsys.readouterr().out
+    assert main(["convert", "sd3", str(file), "--vae", str(tmp_path / "vae"), "--output", str(tmp_path / "all")]) == 0
+    pipeline = AutoPipeline.from_pretrained(tmp_path / "all")
+    pipeline.set_progress_bar_config(disable=True)
+    embeds = {"prompt_embeds": torch.zeros(1, 2, 16), "pooled_prompt_embeds": torch.zeros(1, 8)}
+    images = pipeline(**embeds, guidance_scale=1, num_inference_steps=1, output_type="pt").images
+    assert images.shape == (1, 3, 8, 8) and torch.equal(pipeline.vae.state_dict()["decoder.conv_in.weight"],
+                                                        vae.state_dict()["decoder.conv_in.weight"])  # fmt: skip

@@ -27,7 +27,7 @@ def test_auto_pipeline(name, tmp_path):
 def test_auto_pipeline_takes_components(tmp_path):
     build_pipeline(PIPELINE).save_pretrained(tmp_path)
     component, model = next(iter(PIPELINES[PIPELINE].components.items()))
-    mine = build_model(model)
+    mine = build_model(model, **PIPELINES[PIPELINE].changes.get(component, {}))
     pipeline = hfgen.AutoPipeline.from_pretrained(tmp_path, components={component: mine})
     assert getattr(pipeline, component) is mine
 

@@ -1,13 +1,15 @@
 """The table of systems names what exists, and its status follows from that."""
 
 import dataclasses
+import inspect
+import json
 from pathlib import Path
 
 import pytest
 
 import hfgen
 from hfgen import conversion
-from hfgen.systems import SYSTEMS, System, main, with_table
+from hfgen.systems import SYSTEMS, System, as_dict, main, with_table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,6 +27,11 @@ def test_a_row_names_what_exists(system):
         assert (ROOT / path).is_file(), path
     if system.zoo is not None:
         assert (ROOT / "zoo" / system.zoo / "model_index.json").is_file()
+    if system.pipeline_arguments:
+        parameters = inspect.signature(getattr(hfgen, system.pipeline).__init__).parameters
+        assert system.pipeline_arguments.keys() <= parameters.keys()
+    if system.autoencoder is not None:
+        assert "vae" in inspect.signature(getattr(hfgen, system.pipeline).__init__).parameters
     assert system.title and system.paper and system.notes and system.published[-4:].isdigit()
     assert system.arxiv[4] == "." and system.arxiv.replace(".", "").isdigit()
 
@@ -60,6 +67,14 @@ def test_every_public_model_pipeline_and_example_has_a_row():
 )
 def test_the_status_is_derived(parts, status):
     assert dataclasses.replace(BARE, **parts).status == status
+
+
+def test_a_row_does_not_change_and_becomes_json():
+    row = next(row for row in SYSTEMS if row.pipeline_arguments)
+    with pytest.raises(TypeError):
+        row.pipeline_arguments["guidance_channels"] = 1
+    assert BARE.pipeline_arguments == {} and hash(row) == hash(dataclasses.replace(row))
+    assert json.loads(json.dumps(as_dict(row)))["pipeline_arguments"] == dict(row.pipeline_arguments)
 
 
 def test_the_table_of_the_readme_is_up_to_date():

@@ -26,7 +26,7 @@ RECIPES = (
     | {f"titok_{stage}": "train_titok" for stage in ("l32_stage1", "l32_stage2", "single_vq", "single_kl")}
     | {f"maskgit_{name}": "train_maskgit" for name in ("imagenet256", "titok_l32", "titok_s128")}
     | {f"mean_flow_{size}": "train_mean_flow" for size in ("b4", "l2")}
-    | {name: "train_diffusion" for name in ("dit_xl2_256", "dit_xl2_512", "unet_adm_64", "unet_adm_256")}
+    | dict.fromkeys(("dit_xl2_256", "dit_xl2_512", "unet_adm_64", "unet_adm_256"), "train_diffusion")
     | {f"sit_{size}": "train_rectified_flow" for size in ("b2", "xl2")}
     | {"autoencoder_kl_f8": "train_autoencoder_kl"}
 )

@@ -1,0 +1,143 @@
+"""Diffusion, rectified flow and MeanFlow on equal terms: same data, network size, images seen, noise and judge.
+
+    python benchmarks/paradigms.py --runs runs/paradigms --page docs/paradigms.md
+    python benchmarks/paradigms.py --runs runs/paradigms --methods flow reflow distilled --seeds 0
+
+The scripts of examples/ train a U-Net and a DiT for diffusion, a DiT for rectified flow, its reflow and distillation,
+MeanFlow, and two forms of trajectory matching, on the built-in shapes. Each is sampled with growing numbers of steps.
+A table, a picture and a sentence for each claim come out. What is finished in --runs is kept: a killed comparison
+continues, and another seed or method adds to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+from paradigms_report import draw, text, write_page
+from paradigms_sampling import Quality, SamplingSettings, measure, pass_seconds
+from paradigms_training import METHODS, TrainingSettings, train, with_parents
+from tqdm.auto import tqdm
+
+from hfgen.training.history import write_text
+
+RESULTS_FILE, PICTURE_FILE = "paradigms.json", "paradigms.png"
+QUICK = {
+    "budget": 2, "batch_size": 4, "resolution": 16, "pairs": 8, "pair_steps": 2, "steps": [1, 4], "per_class": 2,
+    "reference": 96, "sides": [16, 32],
+}  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True, help="folder of all trainings, measurements and results")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
+        help=f"of {', '.join(METHODS)}; what they build on is added (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--budget", type=int, default=3000, help="optimizer steps of each method (default: 3000)")
+    parser.add_argument("--batch_size", type=int, default=32, help="images per step (default: 32)")
+    parser.add_argument("--learning_rate", type=float, default=1e-2, help="peak, then a cosine (default: 0.01)")
+    parser.add_argument("--resolution", type=int, default=16, help="side of the images in pixels (default: 16)")
+    parser.add_argument("--patch_size", type=int, default=4, help="of the transformers (default: 4)")
+    parser.add_argument(
+        "--guidance", type=float, default=2.0,
+        help="classifier-free guidance; pairs and MeanFlow learn it, at least 1 (default: 2)",
+    )  # fmt: skip
+    parser.add_argument("--pairs", type=int, default=4000, help="pairs of reflow and distillation (default: 4000)")
+    parser.add_argument("--pair_steps", type=int, default=16, help="Euler steps that make a pair (default: 16)")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64],
+        help="passes of the samplers (default: 1 2 4 8 16 32 64)",
+    )  # fmt: skip
+    parser.add_argument("--per_class", type=int, default=10, help="images to make of each class (default: 10)")
+    parser.add_argument("--reference", type=int, default=4800, help="true images to compare with (default: 4800)")
+    parser.add_argument(
+        "--sides", type=int, nargs="*", default=[16, 32, 48, 64],
+        help="sides of images whose cost per pass is measured, multiples of 4 (default: 16 32 48 64)",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--page", type=Path, help="renew the measured part of this Markdown page and its picture")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that the script runs, nothing else")
+    parser.add_argument("--no_progress", action="store_true", help="no progress bars")
+    return parser
+
+
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    arguments = parser.parse_args()
+    if arguments.quick:
+        vars(arguments).update(QUICK)
+    for name in ("budget", "batch_size", "pairs", "pair_steps", "threads"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} is {getattr(arguments, name)}; it must be at least 1.")
+    if arguments.guidance < 1:
+        parser.error(f"--guidance is {arguments.guidance}; it must be at least 1, which is off.")
+    if min(arguments.steps) < 1 or arguments.per_class < 2:
+        parser.error("--steps must be at least 1 and --per_class at least 2.")
+    if any(side < 4 or side % 4 for side in arguments.sides):
+        parser.error(f"--sides are {arguments.sides}; the U-Net needs multiples of 4.")
+    return arguments
+
+
+def command_line(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
+    """The command with what differs from the defaults, except for folders."""
+    words = ["python benchmarks/paradigms.py --runs runs/paradigms --page docs/paradigms.md"]
+    for name, value in vars(arguments).items():
+        if name not in ("runs", "page", "quick", "no_progress") and value != parser.get_default(name):
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return " ".join(words)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
+    parser = build_parser()
+    arguments = parse_arguments(parser)
+    threads, progress = arguments.threads, not arguments.no_progress
+    training = TrainingSettings(
+        budget=arguments.budget,
+        batch_size=arguments.batch_size,
+        resolution=arguments.resolution,
+        patch_size=arguments.patch_size,
+        learning_rate=arguments.learning_rate,
+        guidance=arguments.guidance,
+        num_pairs=arguments.pairs,
+        pair_steps=arguments.pair_steps,
+    )
+    sampling = SamplingSettings(
+        steps=tuple(sorted(set(arguments.steps))),
+        per_class=arguments.per_class,
+        reference=arguments.reference,
+        resolution=arguments.resolution,
+        guidance=arguments.guidance,
+        batch_size=60,
+    )
+    quality = Quality(sampling)
+    results = {
+        "command": command_line(parser, arguments),
+        "training": vars(training),
+        "seeds": arguments.seeds,
+        "steps": sampling.steps,
+        "true_images": quality.of_true_images(),
+        "training_seconds": {},
+        "measures": {},
+    }
+    plan = [(seed, name) for seed in arguments.seeds for name in with_parents(arguments.methods)]
+    for seed, name in tqdm(plan, desc="methods and seeds", disable=not progress):
+        stamp = train(name, seed, training, arguments.runs, threads=threads)
+        results["training_seconds"].setdefault(name, {})[str(seed)] = stamp["seconds"]
+        measured = measure(name, seed, quality, arguments.runs, threads=threads, progress=progress)
+        results["measures"].setdefault(name, {})[str(seed)] = measured
+    results["pass_seconds"] = pass_seconds(arguments.sides, threads=threads) if arguments.sides else {}
+    write_text(arguments.runs / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+    print(text(results))
+    if arguments.page is None:
+        draw(arguments.runs / PICTURE_FILE, results)
+    else:
+        write_page(arguments.page, results)
+
+
+if __name__ == "__main__":
+    main()
