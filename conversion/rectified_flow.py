@@ -2,8 +2,8 @@
 
 One part: ``transformer``, the DDPM++ of CIFAR-10 and the NCSN++ of the 256-pixel sets, from checkpoint_N.pth files
 that hold {optimizer, model, ema, step}. The average is read; give the inner ``model`` instead of the file for the raw
-weights. Those of LSUN need original_config={"data": {"centered": False}}: their images lie in [0, 1], which no tensor tells.
-The network is a list of layers in the order in which they run, so their numbers follow from the configuration.
+weights. Those of LSUN need original_config={"data": {"centered": False}}: their images lie in [0, 1], which no tensor
+tells. The network is a list of layers in the order in which they run, so their numbers follow from the configuration.
 """
 
 from __future__ import annotations

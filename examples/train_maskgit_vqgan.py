@@ -11,14 +11,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from hfgen import MaskGITVQGAN
 from hfgen.data.transforms import to_pixels
 from hfgen.evaluation.reconstruction import reconstruction_metrics
 from hfgen.images import make_comparison
-from hfgen.losses.adversarial import non_saturating_generator_loss, vanilla_discriminator_loss
+from hfgen.losses.adversarial import non_saturating_generator_loss, r1_penalty, vanilla_discriminator_loss
 from hfgen.losses.perceptual import LPIPS
 from hfgen.models.layers.blur_discriminator import BlurPatchDiscriminator
 from hfgen.training import (
@@ -37,22 +36,24 @@ from hfgen.training import (
 
 @dataclass(kw_only=True)
 class Config(TrainingConfig):
-    learning_rate: float = flag(1e-3, "peak learning rate", group="optimisation")
+    learning_rate: float = flag(2.5e-3, "peak learning rate", group="optimisation")
     weight_decay: float = flag(0.0, "decoupled weight decay of convolutions", group="optimisation")
 
-    num_codes: int = flag(256, "size of the codebook")
+    num_codes: int = flag(512, "size of the codebook")
     latent_channels: int = flag(16, "channels of the latents and of each code")
-    base_channels: int = flag(32, "width at full resolution")
+    base_channels: int = flag(16, "width at full resolution")
     channel_multipliers: tuple[int, ...] = flag((1, 2, 2), "width of each level; all but the last halve the size")
     layers_per_block: int = flag(1, "residual blocks per level")
     norm_num_groups: int = flag(8, "groups of the group normalisations; divides every width")
     commitment_weight: float = flag(0.25, "weight of the encoder's term inside the quantizer's loss")
-    entropy_weight: float = flag(0.02, "weight of the entropy term inside it, which spreads the codes; 0: none")
+    entropy_weight: float = flag(0.0, "weight of the entropy term inside it, which spreads the codes; 0: none")
     entropy_temperature: float = flag(0.01, "temperature of the entropy term")
 
-    restart_after: int = flag(0, "revive codes unused for N steps; 0 never")
-    quantizer_weight: float = flag(1.0, "weight of the quantizer's loss, beside a weight of 1 of the squared error")
-    l1_weight: float = flag(0.0, "weight of the absolute error, also on the scale [0, 1]")
+    restart_after: int = flag(100, "revive codes unused for N steps; 0 never")
+    quantizer_weight: float = flag(
+        0.08, "weight of the quantizer's loss, beside a weight of 1 of the squared error on the scale [0, 1]"
+    )
+    l1_weight: float = flag(0.05, "weight of the absolute error, also on the scale [0, 1]")
     perceptual_weight: float = flag(0.0, "weight of LPIPS; 0 switches it off")
     perceptual_source: str | None = flag(
         None, "folder or Hub id with the LPIPS weights; needed if its weight is not 0"
@@ -63,12 +64,6 @@ class Config(TrainingConfig):
     discriminator_channels: int = flag(64, "width of its first layer")
     discriminator_learning_rate: float | None = flag(None, "its peak learning rate; by default the same")
     gradient_penalty: float = flag(10.0, "weight of R1, the squared gradient of the discriminator at true images")
-
-
-def r1_penalty(logits: Tensor, pixels: Tensor) -> Tensor:
-    """Squared norm of the gradient of an image's mean logit by its pixels in [0, 1] (arXiv 1801.04406, eq. 9)."""
-    (gradient,) = torch.autograd.grad(logits.mean(dim=(1, 2, 3)).sum(), pixels, create_graph=True)
-    return (2 * gradient.float()).square().sum(dim=(1, 2, 3)).mean()  # [-1, 1] is twice as wide as [0, 1]
 
 
 class MaskGITVQGANTask(Task):
@@ -148,8 +143,7 @@ class MaskGITVQGANTask(Task):
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     config = parse_config(Config, description=__doc__)
-    trainer = Trainer(config)
-    trainer.fit(MaskGITVQGANTask(config), training_images(config))
+    Trainer(config).fit(MaskGITVQGANTask(config), training_images(config))
 
 
 if __name__ == "__main__":

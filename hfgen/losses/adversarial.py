@@ -55,3 +55,9 @@ def adaptive_weight(
     (generator_gradient,) = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)
     weight = reconstruction_gradient.norm() / (generator_gradient.norm() + eps)
     return weight.clamp(minimum, maximum).detach()
+
+
+def r1_penalty(logits: Tensor, pixels: Tensor) -> Tensor:
+    """Squared norm of the gradient of an image's mean logit by its pixels in [0, 1] (arXiv 1801.04406, eq. 9)."""
+    (gradient,) = torch.autograd.grad(logits.mean(dim=(1, 2, 3)).sum(), pixels, create_graph=True)
+    return (2 * gradient.float()).square().sum(dim=(1, 2, 3)).mean()  # [-1, 1] is twice as wide as [0, 1]

@@ -52,10 +52,12 @@ def pull(folder: Path) -> None:
     def same_weights(model: nn.Module, name: str, dtype: torch.dtype = torch.float32) -> bool:
         expected = load_file(folder / f"{name}.safetensors")
         actual = model.state_dict()
+        kept = set(model._keep_in_fp32_modules or ())
+        dtypes = {key: torch.float32 if kept & set(key.split(".")) else dtype for key in expected}
         return (
             type(model) is getattr(hfgen, name)
             and actual.keys() == expected.keys()
-            and all(torch.equal(actual[key], value.to(dtype)) for key, value in expected.items())
+            and all(torch.equal(actual[key], value.to(dtypes[key])) for key, value in expected.items())
         )
 
     for name, case in PIPELINES.items():
