@@ -1,6 +1,7 @@
 """What the bundled pipelines reach, by the analytic judge of the built-in data.
 
     python benchmarks/quality.py var-shapes
+    python benchmarks/quality.py titok-shapes --steps 8
 
 Reconstruction is measured on images of a split that training never reads, generation on images of every class.
 """
@@ -12,9 +13,10 @@ import json
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from hfgen import VARPipeline
+from hfgen.auto import AutoPipeline
 from hfgen.counters import generator
 from hfgen.data.shapes import CELLS, CLASS_NAMES, SIZES, ShapesData
 from hfgen.data.sources import load_images
@@ -26,21 +28,33 @@ from hfgen.models.quantizers.usage import codebook_usage
 ZOO = Path(__file__).resolve().parent.parent / "zoo"
 
 
-def reconstruction(pipe: VARPipeline, data: ShapesData, batch_size: int) -> dict[str, float]:
-    """PSNR, SSIM and L1 on unseen images, and the use of the codebook at each scale."""
+# The name that each pipeline has for the temperature of its draws.
+TEMPERATURE = {"var-shapes": "temperature", "titok-shapes": "token_temperature"}
+
+
+def reconstruction(pipe: DiffusionPipeline, data: ShapesData, batch_size: int) -> dict[str, float]:
+    """PSNR, SSIM and L1 on unseen images, the judge's class accuracy on them, and the use of the codebook."""
     tokenizer = pipe.vq_model
-    pixels = to_pixels(torch.stack([data[(0, index)]["pixels"] for index in range(len(data))]))
+    items = [data[(0, index)] for index in range(len(data))]
+    pixels = to_pixels(torch.stack([item["pixels"] for item in items]))
     with torch.no_grad():
         outputs = [tokenizer(part) for part in tqdm(pixels.split(batch_size), desc="reconstruct")]
     samples, codes = (torch.cat([output[name] for output in outputs]) for name in ("sample", "codes"))
     metrics = reconstruction_metrics(samples, pixels, codes=codes, num_codes=tokenizer.codebook_size)
-    for side, part in zip(tokenizer.config.patch_nums, tokenizer.quantizer.split(codes)):
-        metrics[f"used_fraction_{side}x{side}"] = codebook_usage(part, tokenizer.codebook_size)["used_fraction"]
+    metrics["judge_label"] = judge_labels(samples, torch.tensor([item["label"] for item in items]))["label"]
+    if "patch_nums" in tokenizer.config:
+        for side, part in zip(tokenizer.config.patch_nums, tokenizer.quantizer.split(codes)):
+            metrics[f"used_fraction_{side}x{side}"] = codebook_usage(part, tokenizer.codebook_size)["used_fraction"]
     return {name: float(value) for name, value in metrics.items()}
 
 
 def generation(
-    pipe: VARPipeline, guidance_scale: float, temperature: float, per_class: int, batch_size: int, seed: int
+    pipe: DiffusionPipeline,
+    guidance_scale: float,
+    settings: dict[str, float],
+    per_class: int,
+    batch_size: int,
+    seed: int,
 ) -> tuple[dict, dict]:
     """Judge accuracy of the requested class, and how evenly size and cell are spread."""
     labels = torch.arange(len(CLASS_NAMES)).repeat_interleave(per_class)
@@ -50,9 +64,7 @@ def generation(
             pipe(
                 labels[part].tolist(),
                 guidance_scale=guidance_scale,
-                temperature=temperature,
-                top_k=0,
-                top_p=1.0,
+                **settings,
                 generator=[generator(seed, index) for index in part.tolist()],
                 output_type="pt",
             ).images
@@ -67,20 +79,27 @@ def generation(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["var-shapes"], help="pipeline of the zoo")
+    parser.add_argument("name", choices=sorted(TEMPERATURE), help="pipeline of the zoo")
     parser.add_argument("--images", type=int, default=1000, help="unseen images to reconstruct")
     parser.add_argument("--per_class", type=int, default=50, help="images to generate of each class")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="guidance scales")
-    parser.add_argument("--temperature", type=float, default=1.0, help="divides the guided logits")
+    parser.add_argument("--temperature", type=float, default=1.0, help="divides the guided logits of the draws")
+    parser.add_argument("--choice_temperature", type=float, help="titok-shapes: noise of the choice of what stays")
+    parser.add_argument("--steps", type=int, help="titok-shapes: sampling steps; by default those of its scheduler")
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--path", type=Path, help="measure this pipeline folder instead of the bundled one")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args()
 
-    pipe = VARPipeline.from_pretrained(arguments.path or ZOO / arguments.name)
+    pipe = AutoPipeline.from_pretrained(arguments.path or ZOO / arguments.name)
     pipe.set_progress_bar_config(disable=True)
     data = load_images("shapes", resolution=pipe.vq_model.image_size, split="test", limit=arguments.images)
+    settings = {TEMPERATURE[arguments.name]: arguments.temperature}
+    if arguments.name == "var-shapes":
+        settings |= {"top_k": 0, "top_p": 1.0}
+    more = {"choice_temperature": arguments.choice_temperature, "num_inference_steps": arguments.steps}
+    settings |= {name: value for name, value in more.items() if value is not None}
     results: dict = {"reconstruction": reconstruction(pipe, data, arguments.batch_size), "generation": {}}
     print(f"Reconstruction of {len(data)} unseen images:")
     for name, value in results["reconstruction"].items():
@@ -91,9 +110,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     spread = {}
     for scale in arguments.guidance:
-        accuracy, spread = generation(
-            pipe, scale, arguments.temperature, arguments.per_class, arguments.batch_size, arguments.seed
-        )
+        accuracy, spread = generation(pipe, scale, settings, arguments.per_class, arguments.batch_size, arguments.seed)
         results["generation"][f"{scale:g}"] = accuracy | spread
         cells = [accuracy[name] for name in ("label", "worst_class", "shape", "colour", "found")]
         print(f"| {scale:g} | " + " | ".join(f"{value:.1%}" for value in cells) + " |")

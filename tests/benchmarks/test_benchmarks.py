@@ -51,16 +51,17 @@ def test_sampling_compares_equal_outputs(system, parts, run, tmp_path, capsys):
         assert f"| {row['part']} | float32 | 1 | 2 |" in printed
 
 
-def test_quality(tmp_path):
+@pytest.mark.parametrize(("name", "psnr"), [("var-shapes", 28), ("titok-shapes", 24)])
+def test_quality(name, psnr, tmp_path):
     output = tmp_path / "rows.json"
     script = str(ROOT / "benchmarks" / "quality.py")
-    arguments = ["var-shapes", "--images", "16", "--per_class", "1", "--guidance", "2", "--json", str(output)]
+    arguments = [name, "--images", "16", "--per_class", "1", "--guidance", "2", "--json", str(output)]
     result = subprocess.run(
         [sys.executable, script, *arguments], capture_output=True, text=True, timeout=200, cwd=ROOT
     )
     assert result.returncode == 0, result.stderr
     rows = json.loads(output.read_text())
-    assert rows["reconstruction"]["psnr"] > 28 and rows["generation"]["2"]["label"] > 0.5
+    assert rows["reconstruction"]["psnr"] > psnr and rows["generation"]["2"]["label"] > 0.5
 
 
 def test_different_tokens_are_not_timed(modules):
