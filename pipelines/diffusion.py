@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +24,14 @@ from hfgen.pipelines.diffusion_networks import (
     number_of_classes,
     uses_variance,
 )
-from hfgen.pipelines.inputs import ClassLabels, class_ids, ordered_class_names
+from hfgen.pipelines.inputs import (
+    ClassLabels,
+    check_callback_inputs,
+    check_common,
+    check_generators,
+    class_ids,
+    ordered_class_names,
+)
 from hfgen.pipelines.latents import (
     LatentDecoder,
     check_output_type,
@@ -115,33 +121,23 @@ class ImageDiffusionPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipel
     ) -> None:
         """Raise a ``ValueError`` for arguments that cannot be sampled with."""
         check_scheduler(self.scheduler, self.transformer, self.config.prediction_type)
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}.")
+        check_common(num_images_per_prompt, guidance_scale)
         trained = self.scheduler.config.num_train_timesteps
         if num_inference_steps is not None and not 1 <= num_inference_steps <= trained:
             raise ValueError(
                 f"num_inference_steps must be between 1 and the {trained} timesteps of training, got "
                 f"{num_inference_steps}."
             )
-        if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-            raise ValueError(f"guidance_scale must be a finite number of at least 0 (1 is off), got {guidance_scale}.")
         if eta is not None and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(f"eta is {eta}, but a {type(self.scheduler).__name__} has no such setting; leave it out.")
         check_output_type(output_type, self.vae, self.transformer.config.in_channels)
         labels = self.prepare_labels(class_labels, num_images_per_prompt, "cpu")
         batch_size = num_images_per_prompt if labels is None else len(labels)
-        if isinstance(generator, Sequence) and len(generator) != batch_size:
-            raise ValueError(
-                f"Got {len(generator)} generators for {batch_size} images; give one generator, or one per image."
-            )
+        check_generators(generator, batch_size)
         expected = (batch_size, *self.latent_shape(height, width))
         if latents is not None and latents.shape != expected:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {expected}.")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {unknown}; choose from {self._callback_tensor_inputs}."
-            )
+        check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
     def prepare_labels(
         self, class_labels: ClassLabels | None, num_images_per_prompt: int, device: torch.device | str

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hfgen.pipelines.flow_networks import FlowNetwork
-from hfgen.pipelines.inputs import to_mask
+from hfgen.pipelines.inputs import check_generators, to_mask
 from hfgen.pipelines.latents import LatentDecoder, downsample_factor
 
 
@@ -85,9 +85,6 @@ def check_noise(
     shape: tuple[int, ...], generator: torch.Generator | Sequence[torch.Generator] | None, latents: Tensor | None
 ) -> None:
     """Raise a ``ValueError`` unless there is a generator per image, or one, and given noise has the shape."""
-    if isinstance(generator, Sequence) and len(generator) != shape[0]:
-        raise ValueError(
-            f"Got {len(generator)} generators for {shape[0]} images; give one generator, or one per image."
-        )
+    check_generators(generator, shape[0])
     if latents is not None and tuple(latents.shape) != tuple(shape):
         raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {tuple(shape)}.")

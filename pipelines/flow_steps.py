@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from hfgen.pipelines.inputs import check_common
 from hfgen.sampling.guidance import resolve_guidance
 from hfgen.schedulers.interpolant_sde import InterpolantSDEScheduler
 
@@ -36,12 +36,9 @@ def check_numbers(
     num_images_per_prompt: int, num_inference_steps: int, guidance_scale: float | None, strength: float
 ) -> None:
     """Raise a ``ValueError`` for numbers out of range."""
-    if num_images_per_prompt < 1:
-        raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}.")
+    check_common(num_images_per_prompt, guidance_scale)
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
-    if guidance_scale is not None and not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-        raise ValueError(f"guidance_scale must be a finite number of at least 0 (1 is off), got {guidance_scale}.")
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be in (0, 1], the share of the way back to noise, got {strength}.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -91,3 +92,29 @@ def to_mask(mask_image: PIL.Image.Image | Tensor) -> Tensor:
     if mask.min() < 0 or mask.max() > 1:
         raise ValueError(f"mask_image must lie in [0, 1] (1 is painted anew), got {mask.min():g} to {mask.max():g}.")
     return mask
+
+
+def check_common(num_images_per_prompt: int, guidance_scale: float | None, *, published: str = "") -> None:
+    """Raise a ``ValueError`` for numbers out of range, which says how the scale was ``published`` elsewhere."""
+    if num_images_per_prompt < 1:
+        raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}.")
+    if guidance_scale is not None and not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+        hint = f" {published}" if published else ""
+        raise ValueError(
+            f"guidance_scale must be a finite number of at least 0 (1 is off), got {guidance_scale}.{hint}"
+        )
+
+
+def check_generators(generator: torch.Generator | Sequence[torch.Generator] | None, batch_size: int) -> None:
+    """Raise a ``ValueError`` for a list of generators that is not as long as the batch."""
+    if isinstance(generator, Sequence) and len(generator) != batch_size:
+        raise ValueError(
+            f"Got {len(generator)} generators for {batch_size} images; give one generator, or one per image."
+        )
+
+
+def check_callback_inputs(names: Sequence[str], known: Sequence[str]) -> None:
+    """Raise a ``ValueError`` for tensors that a callback asks for and does not get."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown}; choose from {known}.")

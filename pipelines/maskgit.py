@@ -16,7 +16,17 @@ from torch import Tensor
 from hfgen.models.generators.masked import MaskedTokenTransformer
 from hfgen.models.modeling import PortablePipelineMixin
 from hfgen.pipelines.editing import blend_edit, check_edit, painted_tokens
-from hfgen.pipelines.inputs import ClassLabels, Images, class_ids, ordered_class_names, to_mask, to_pixels
+from hfgen.pipelines.inputs import (
+    ClassLabels,
+    Images,
+    check_callback_inputs,
+    check_common,
+    check_generators,
+    class_ids,
+    ordered_class_names,
+    to_mask,
+    to_pixels,
+)
 from hfgen.pipelines.outputs import ImageGenerationOutput
 from hfgen.publishing import PublishMixin
 from hfgen.sampling.guidance import guide
@@ -93,13 +103,8 @@ class MaskGITPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
         """Raise a ``ValueError`` for arguments that cannot be sampled with; the scheduler checks the others."""
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}.")
-        if guidance_scale is not None and not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-            raise ValueError(
-                f"guidance_scale must be a finite number of at least 0 (1 is off), got {guidance_scale}. A published "
-                "scale of the form cond + s (cond - uncond) is guidance_scale - 1."
-            )
+        hint = "A published scale of the form cond + s (cond - uncond) is guidance_scale - 1."
+        check_common(num_images_per_prompt, guidance_scale, published=hint)
         if (image is None) != (mask_image is None):
             raise ValueError("Editing needs both image and mask_image; only one of them was given.")
         if mask_margin < 0:
@@ -109,15 +114,8 @@ class MaskGITPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
         batch_size = len(self.prepare_labels(class_labels, num_images_per_prompt, "cpu"))
-        if isinstance(generator, Sequence) and len(generator) != batch_size:
-            raise ValueError(
-                f"Got {len(generator)} generators for {batch_size} images; give one generator, or one per image."
-            )
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {unknown}; choose from {self._callback_tensor_inputs}."
-            )
+        check_generators(generator, batch_size)
+        check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
     def prepare_labels(
         self, class_labels: ClassLabels | None, num_images_per_prompt: int, device: torch.device | str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,14 @@ from torch import Tensor
 
 from hfgen.models.generators.dit import DiT
 from hfgen.models.modeling import PortablePipelineMixin
-from hfgen.pipelines.inputs import ClassLabels, class_ids, ordered_class_names
+from hfgen.pipelines.inputs import (
+    ClassLabels,
+    check_callback_inputs,
+    check_common,
+    check_generators,
+    class_ids,
+    ordered_class_names,
+)
 from hfgen.pipelines.latents import (
     LatentDecoder,
     check_channels,
@@ -94,8 +100,7 @@ class MeanFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
         """Raise a ``ValueError`` for arguments that cannot be sampled with."""
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}.")
+        check_common(num_images_per_prompt, guidance_scale)
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
         if sigmas is not None and (
@@ -105,22 +110,13 @@ class MeanFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
                 f"sigmas are the times at which steps begin, such as [1.0, 0.5]: they fall from at most 1 and stay "
                 f"above 0, where the last step ends. Got {list(sigmas)}."
             )
-        if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-            raise ValueError(f"guidance_scale must be a finite number of at least 0 (1 is off), got {guidance_scale}.")
         check_output_type(output_type, self.vae, self.transformer.config.in_channels)
         batch_size = len(self.prepare_labels(class_labels, num_images_per_prompt, "cpu"))
-        if isinstance(generator, Sequence) and len(generator) != batch_size:
-            raise ValueError(
-                f"Got {len(generator)} generators for {batch_size} images; give one generator, or one per image."
-            )
+        check_generators(generator, batch_size)
         expected = (batch_size, *self.latent_shape(height, width))
         if latents is not None and latents.shape != expected:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {expected}.")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {unknown}; choose from {self._callback_tensor_inputs}."
-            )
+        check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
     def prepare_labels(
         self, class_labels: ClassLabels | None, num_images_per_prompt: int, device: torch.device | str

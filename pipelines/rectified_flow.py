@@ -30,7 +30,7 @@ from hfgen.pipelines.flow_steps import (
     guidance_scales,
     set_timesteps,
 )
-from hfgen.pipelines.inputs import ClassLabels, Images, ordered_class_names, to_pixels
+from hfgen.pipelines.inputs import ClassLabels, Images, check_callback_inputs, ordered_class_names, to_pixels
 from hfgen.pipelines.latents import check_channels, decode_latents, initial_noise
 from hfgen.pipelines.outputs import ImageGenerationOutput
 from hfgen.pipelines.text_conditioning import TextEncoder, check_encoders
@@ -163,11 +163,7 @@ class RectifiedFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeli
                 f"The transformer works on latents of {channels} channels and the pipeline has no vae: give it one "
                 "with register_modules(vae=...), or ask for output_type='latent'."
             )
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {unknown}; choose from {self._callback_tensor_inputs}."
-            )
+        check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) of the network -> pixels (B, 3, H, W) in [-1, 1], also ``denoised`` of a callback."""

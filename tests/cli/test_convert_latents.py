@@ -9,25 +9,13 @@ from safetensors.torch import save_file
 
 import hfgen
 from hfgen import official
-from hfgen.cli import main
 from hfgen.conversion import ReleasedCheckpoint, ReleasedFile, to_original
+from support.command_line import error_of, run
 from support.golden import PUBLIC_CASES, read_case
 from support.instances import build_model
 
 CASE, MEAN_FLOW = read_case("dit", PUBLIC_CASES), read_case("mean_flow", PUBLIC_CASES)
 HEADS = ("--original-config", "num_heads=4")
-
-
-def run(*arguments) -> None:
-    assert main([str(argument) for argument in arguments]) == 0
-
-
-def error_of(capsys, *arguments) -> str:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err and not captured.out
-    return captured.err.strip().splitlines()[-1].removeprefix("hfgen: error: ")
 
 
 def autoencoder(latent_channels: int = 4) -> AutoencoderKL:

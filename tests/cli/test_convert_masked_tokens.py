@@ -9,21 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import hfgen
-from hfgen.cli import main
+from support.command_line import error_of, run
 from support.golden import PUBLIC_CASES, read_case
-
-
-def run(*arguments) -> None:
-    assert main([str(argument) for argument in arguments]) == 0
-
-
-def error_of(capsys, *arguments) -> str:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err and not captured.out
-    return captured.err.strip().splitlines()[-1].removeprefix("hfgen: error: ")
-
 
 CASE = read_case("maskgit", PUBLIC_CASES)
 PARTS = {"tokenizer": "tokenizer", "image_bert": "bert", "uvit": "uvit"}

@@ -10,23 +10,12 @@ import hfgen
 from hfgen.cli import main
 from hfgen.commands.sample import file_stem
 from hfgen.counters import generator
+from support.command_line import error_of, run
 from support.instances import build_model, build_pipeline
 from support.text_encoders import CAPTIONS, t5, tokenizer
 
 CPU = ("--device", "cpu")
 SIDE = 8
-
-
-def run(*arguments) -> None:
-    assert main([str(argument) for argument in arguments]) == 0
-
-
-def error_of(capsys, *arguments) -> str:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err and not captured.out
-    return captured.err.strip().splitlines()[-1].removeprefix("hfgen: error: ")
 
 
 def read(path) -> np.ndarray:
