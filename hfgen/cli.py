@@ -22,7 +22,7 @@ SAMPLE_EXAMPLES = """\
 examples:
   hfgen sample zoo/var-shapes --labels all --format grid --output outputs/shapes
   hfgen sample zoo/var-shapes --labels "red circle,cyan cross" --num 4 --guidance-scale 2 --top-k 50 --seed 1
-  hfgen sample USER/MASKGIT --labels 0-9 --num-inference-steps 8 --guidance-scale 3 --token-temperature 1 --gif
+  hfgen sample zoo/titok-shapes --labels 0-9 --num-inference-steps 8 --guidance-scale 3 --token-temperature 1 --gif
   hfgen sample USER/TEXT-TO-IMAGE --prompt "a red circle" "a blue cross" --negative-prompt blurry --num 4 --format grid
   hfgen sample USER/TEXT-TO-IMAGE --prompts-file captions.txt --height 512 --width 768 --num-inference-steps 28
   hfgen sample USER/UNCONDITIONAL --num 16 --format grid

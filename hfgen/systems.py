@@ -147,6 +147,7 @@ SYSTEMS: tuple[System, ...] = (
         tokenizer="TiTok", generator="ImageBert", pipeline="MaskGITPipeline", variants=("UViTBert",),
         converter="titok",
         examples=("examples/train_titok.py", "examples/train_maskgit.py"),
+        zoo="titok-shapes",
         notes="A short sequence of tokens without a grid.",
     ),
     System(
