@@ -221,7 +221,7 @@ def test_models_without_an_official_layout():
     class Own(VARTransformer):
         original_system = None
 
-    with pytest.raises(ValueError, match="Own has no official checkpoint layout"):
+    with pytest.raises(ValueError, match="Own names no official checkpoint layout"):
         to_original(Own(num_layers=1, num_attention_heads=1, patch_nums=(1, 2), num_codes=8, code_dim=4))
 
 
