@@ -120,7 +120,7 @@ class _Saved:
         self.is_pipeline = index.name == _INDEX_FILES[0]
         self.network_config = _read_config(folder / "transformer") if self.is_pipeline else {}
         of_diffusers = self.class_name not in hfgen.__all__ and hasattr(diffusers, self.class_name)
-        self.library = "diffusers" if of_diffusers else "hfgen"
+        self.package = "diffusers" if of_diffusers else "hfgen"
         # A model of diffusers is the class of no system.
         rows = [row for row in rows or SYSTEMS if self.class_name in row.classes or (of_diffusers and row in rows)]
         if self.is_pipeline:  # several systems share a class: first the one whose network it holds
@@ -165,7 +165,7 @@ def _summary(saved: _Saved, made: str = "for hfgen") -> str:
 
 
 def _use(saved: _Saved, repo_id: str) -> list[str]:
-    lines = [f"from {saved.library} import {saved.class_name}", ""]
+    lines = [f"from {saved.package} import {saved.class_name}", ""]
     if saved.is_pipeline:
         lines.append(f'pipeline = {saved.class_name}.from_pretrained("{repo_id}")')
         if saved.gives_latents:
@@ -276,7 +276,7 @@ def _write(
         task = "text-to-image" if saved.condition else "unconditional-image-generation"
     tags = ["hfgen", *(["diffusers"] if saved.is_pipeline else []), *([saved.row.key] if saved.row else [])]
     data = ModelCardData(
-        library_name=saved.library,
+        library_name=saved.package,
         pipeline_tag=task,
         tags=[*tags, *(["class-conditional"] if saved.condition == "class_labels" else [])],
         datasets=[dataset] if _is_hub_id(dataset) else None,

@@ -29,7 +29,7 @@ from hfgen.pipelines.inputs import (
     check_callback_inputs,
     check_common,
     check_generators,
-    class_ids,
+    label_rows,
     ordered_class_names,
 )
 from hfgen.pipelines.latents import (
@@ -158,9 +158,7 @@ class ImageDiffusionPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipel
                     "them out."
                 )
             return None
-        class_labels = num_classes if class_labels is None else class_labels
-        ids = class_ids(class_labels, self.class_names, num_classes, unconditional=True)
-        return torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)
+        return label_rows(class_labels, self.class_names, num_classes, num_images_per_prompt, device)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """Channels, height and width of the latents of an image; by default of the size of training.

@@ -51,6 +51,23 @@ def class_ids(
     return ids
 
 
+def label_rows(
+    class_labels: ClassLabels | None,
+    names: Sequence[str] | None,
+    num_classes: int,
+    num_images_per_prompt: int,
+    device: torch.device | str,
+) -> Tensor:
+    """Labels as (B,) int64, each repeated ``num_images_per_prompt`` times; None is ``num_classes``, no class.
+
+    Raises:
+        ValueError: as :func:`class_ids`.
+    """
+    labels = num_classes if class_labels is None else class_labels
+    ids = class_ids(labels, names, num_classes, unconditional=True)
+    return torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)
+
+
 def ordered_class_names(class_names: Sequence[str] | Mapping[str, str] | None) -> list[str] | None:
     """Class names in order, of a list or of the map from labels to names that a pipeline saves."""
     if isinstance(class_names, Mapping):

@@ -18,7 +18,7 @@ from hfgen.pipelines.inputs import (
     check_callback_inputs,
     check_common,
     check_generators,
-    class_ids,
+    label_rows,
     ordered_class_names,
 )
 from hfgen.pipelines.latents import (
@@ -127,9 +127,7 @@ class MeanFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
             ValueError: an unknown name, or a label outside [0, num_classes].
         """
         num_classes = self.transformer.config.num_classes
-        labels = num_classes if class_labels is None else class_labels
-        ids = class_ids(labels, self.class_names, num_classes, unconditional=True)
-        return torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)
+        return label_rows(class_labels, self.class_names, num_classes, num_images_per_prompt, device)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """Channels, height and width of the latents of an image; by default of the size of training.

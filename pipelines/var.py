@@ -24,7 +24,7 @@ from hfgen.pipelines.inputs import (
     check_callback_inputs,
     check_common,
     check_generators,
-    class_ids,
+    label_rows,
     ordered_class_names,
     to_mask,
     to_pixels,
@@ -102,10 +102,7 @@ class VARPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
             ValueError: an unknown name, or a label outside [0, num_classes].
         """
         num_classes = self.transformer.config.num_classes
-        ids = class_ids(
-            num_classes if class_labels is None else class_labels, self.class_names, num_classes, unconditional=True
-        )
-        return torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)
+        return label_rows(class_labels, self.class_names, num_classes, num_images_per_prompt, device)
 
     def prepare_edit(
         self, image: Images, mask_image: PIL.Image.Image | Tensor, batch_size: int, device: torch.device
