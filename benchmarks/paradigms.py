@@ -2,11 +2,12 @@
 
     python benchmarks/paradigms.py --runs runs/paradigms --page docs/paradigms.md
     python benchmarks/paradigms.py --runs runs/paradigms --methods flow reflow distilled --seeds 0
+    python benchmarks/paradigms.py --from_results runs/paradigms/paradigms.json --page docs/paradigms.md
 
 The scripts of examples/ train a U-Net and a DiT for diffusion, a DiT for rectified flow, its reflow and distillation,
 MeanFlow, and two forms of trajectory matching, on the built-in shapes. Each is sampled with growing numbers of steps.
 A table, a picture and a sentence for each claim come out. What is finished in --runs is kept: a killed comparison
-continues, and another seed or method adds to it.
+continues, and another seed or method adds to it. --from_results makes the report again from the stored numbers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ QUICK = {
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, required=True, help="folder of all trainings, measurements and results")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--runs", type=Path, help="folder of all trainings, measurements and results")
+    source.add_argument(
+        "--from_results", type=Path, metavar="FILE",
+        help=f"the {RESULTS_FILE} of another run: report what it holds, train and measure nothing",
+    )  # fmt: skip
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
         help=f"of {', '.join(METHODS)}; what they build on is added (default: all)",
@@ -86,15 +92,13 @@ def command_line(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
     """The command with what differs from the defaults, except for folders."""
     words = ["python benchmarks/paradigms.py --runs runs/paradigms --page docs/paradigms.md"]
     for name, value in vars(arguments).items():
-        if name not in ("runs", "page", "quick", "no_progress") and value != parser.get_default(name):
+        if name not in ("runs", "from_results", "page", "quick", "no_progress") and value != parser.get_default(name):
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return " ".join(words)
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
-    parser = build_parser()
-    arguments = parse_arguments(parser)
+def compare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> dict:
+    """Train and measure what is not there yet; all numbers, which are also kept in the folder of the runs."""
     threads, progress = arguments.threads, not arguments.no_progress
     training = TrainingSettings(
         budget=arguments.budget,
@@ -132,11 +136,22 @@ def main() -> None:
         results["measures"].setdefault(name, {})[str(seed)] = measured
     results["pass_seconds"] = pass_seconds(arguments.sides, threads=threads) if arguments.sides else {}
     write_text(arguments.runs / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
-    print(text(results))
-    if arguments.page is None:
-        draw(arguments.runs / PICTURE_FILE, results)
+    return results
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
+    parser = build_parser()
+    arguments = parse_arguments(parser)
+    if arguments.from_results is None:
+        results = compare(parser, arguments)
     else:
+        results = json.loads(arguments.from_results.read_text(encoding="utf-8"))
+    print(text(results))
+    if arguments.page is not None:
         write_page(arguments.page, results)
+    else:
+        draw((arguments.runs or arguments.from_results.parent) / PICTURE_FILE, results)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ them do, and does not hold if one of them is certainly the other way round.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold at this scale", "is undecided"
 FEW_STEPS = (2, 4, 8)
@@ -175,7 +176,20 @@ CLAIMS: tuple[Callable[[Measures], str | None], ...] = (
 )
 
 
+def _judged(measures: Measures, seconds: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[Callable, str]]:
+    """The claims whose methods were measured, each with its sentence."""
+    pairs = [*((claim, measures) for claim in CLAIMS), (attention_is_quadratic, seconds)]
+    for claim, numbers in pairs:
+        sentence = claim(numbers)
+        if sentence is not None:
+            yield claim, sentence
+
+
 def sentences(measures: Measures, seconds: Mapping[str, Mapping[str, float]]) -> list[str]:
     """A sentence for each claim whose methods were measured."""
-    found = [claim(measures) for claim in CLAIMS] + [attention_is_quadratic(seconds)]
-    return [sentence for sentence in found if sentence is not None]
+    return [sentence for _, sentence in _judged(measures, seconds)]
+
+
+def criteria(measures: Measures, seconds: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """When each of these claims holds: what its function states, so that the text cannot differ from the code's."""
+    return [" ".join(inspect.getdoc(claim).split()) for claim, _ in _judged(measures, seconds)]

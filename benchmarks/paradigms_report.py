@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from paradigms_claims import sentences, spread, values
+from paradigms_claims import criteria, sentences, spread, values
 from paradigms_training import METHODS
 
 from hfgen.training.history import write_text
@@ -59,9 +59,10 @@ def text(results: Mapping) -> str:
     seconds = results["pass_seconds"]
     parts = [
         f"Measured by `{results['command']}` with the seeds {', '.join(map(str, results['seeds']))}.",
+        _listed("The criteria, fixed before anything was measured:", criteria(results["measures"], seconds)),
         table(results),
         "The cells hold the Frechet distance and the accuracy, means over the seeds.",
-        "\n".join(f"- {sentence}" for sentence in sentences(results["measures"], seconds)),
+        _listed("What follows for the claims:", sentences(results["measures"], seconds)),
     ]
     bent = {name: values(results["measures"], name, "straightness") for name in results["measures"]}
     if any(bent.values()):
@@ -74,6 +75,10 @@ def text(results: Mapping) -> str:
             lines.append(f"| {METHODS[name].title} | " + " | ".join(f"{1e3 * by_side[s]:.1f}" for s in sides) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(part for part in parts if part)
+
+
+def _listed(head: str, items: Sequence[str]) -> str:
+    return "\n".join([head, "", *(f"- {item}" for item in items)]) if items else ""
 
 
 def write_page(page: Path, results: Mapping) -> Path:

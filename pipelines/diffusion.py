@@ -37,11 +37,12 @@ from hfgen.pipelines.latents import (
     check_output_type,
     decode_latents,
     downsample_factor,
+    guide_channels,
     initial_noise,
 )
 from hfgen.pipelines.outputs import ImageGenerationOutput
 from hfgen.publishing import PublishMixin
-from hfgen.sampling.guidance import guidance_schedule, guide
+from hfgen.sampling.guidance import guidance_schedule
 from hfgen.schedulers.respaced_ddpm import RespacedDDPMScheduler
 
 _DEFAULT_STEPS = 50
@@ -268,12 +269,21 @@ class ImageDiffusionPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipel
             latents = initial_noise((batch_size, *self.latent_shape(height, width)), generator, device)
         latents = latents.to(device=device, dtype=torch.float32) * scheduler.init_noise_sigma
         step_arguments = self._step_arguments(generator, eta)
+        guided_labels = None
+        if any(scale != 1 for scale in scales):
+            guided_labels = torch.cat([labels, torch.full_like(labels, number_of_classes(self.transformer))])
+        dtype = self.transformer.dtype  # diffusers visits all modules to tell: too much for every step
 
         with self.progress_bar(total=num_steps) as progress_bar:
             # Schedulers index tables on the CPU by the timestep: one from there needs no wait for the device.
             for i, timestep in enumerate(scheduler.timesteps.cpu()):
-                scaled = scheduler.scale_model_input(latents, timestep)
-                model_output = self._predict(scaled, scheduler.timesteps[i], labels, scales[i])
+                scaled = scheduler.scale_model_input(latents, timestep).to(dtype)
+                if scales[i] == 1:
+                    model_output = self._predict(scaled, scheduler.timesteps[i], labels)
+                else:
+                    both = self._predict(scaled.repeat(2, 1, 1, 1), scheduler.timesteps[i], guided_labels)
+                    channels = self.config.guidance_channels or latents.shape[1]
+                    model_output = guide_channels(*both.chunk(2), scales[i], channels)
                 latents = scheduler.step(
                     self._for_scheduler(model_output), timestep, latents, **step_arguments, return_dict=False
                 )[0]
@@ -291,19 +301,9 @@ class ImageDiffusionPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipel
             return (images, num_steps)
         return ImageGenerationOutput(images=images, nfe=num_steps)
 
-    def _predict(self, latents: Tensor, timestep: Tensor, labels: Tensor | None, scale: float) -> Tensor:
-        """(B, C or 2C, h, w) float32, guided where there is guidance."""
-        latents = latents.to(self.transformer.dtype)
-        if scale == 1:
-            return self.transformer(latents, timestep.expand(len(latents)), labels).sample.float()
-        unconditional = torch.full_like(labels, number_of_classes(self.transformer))
-        both = self.transformer(
-            latents.repeat(2, 1, 1, 1), timestep.expand(2 * len(latents)), torch.cat([labels, unconditional])
-        ).sample.float()
-        conditional, unconditional = both.chunk(2)
-        channels = self.config.guidance_channels or latents.shape[1]
-        guided = guide(conditional[:, :channels], unconditional[:, :channels], scale)
-        return torch.cat([guided, conditional[:, channels:]], dim=1)
+    def _predict(self, latents: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
+        """(B, C or 2C, h, w) float32."""
+        return self.transformer(latents, timestep.expand(len(latents)), labels).sample.float()
 
     def _for_scheduler(self, model_output: Tensor) -> Tensor:
         """Without the variance channels, unless the scheduler uses them."""

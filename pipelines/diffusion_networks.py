@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from hfgen.models.generators.dit import DiT
-from hfgen.pipelines.latents import LatentDecoder, check_channels
+from hfgen.pipelines.latents import LatentDecoder, check_channels, check_guidance_channels
 from hfgen.sampling.gaussian_diffusion import PREDICTION_TYPES
 from hfgen.schedulers.respaced_ddpm import RespacedDDPMScheduler
 
@@ -73,8 +73,7 @@ def check_components(
             f"has {channels}, or {2 * channels} with a learned variance."
         )
     check_channels(vae, channels)
-    if guidance_channels is not None and not 1 <= guidance_channels <= channels:
-        raise ValueError(f"guidance_channels must be between 1 and the {channels} channels, got {guidance_channels}.")
+    check_guidance_channels(guidance_channels, channels)
     num_classes = number_of_classes(transformer)
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(f"Got {len(class_names)} class_names for {num_classes} classes; give one each.")

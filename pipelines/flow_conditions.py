@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hfgen.pipelines.flow_networks import Condition, FlowNetwork, LabelFlowNetwork, PromptFlowNetwork
 from hfgen.pipelines.inputs import ClassLabels, class_ids
+from hfgen.pipelines.latents import guide_channels
 from hfgen.pipelines.text_conditioning import TextEncoder, encode_prompts
-from hfgen.sampling.guidance import guide
 
 Texts = str | Sequence[str]
 
@@ -51,7 +51,7 @@ class FlowConditions:
             return network.velocity(latents, timestep, self.condition, guidance_scale)
         both = network.velocity(torch.cat([latents, latents]), timestep, self.guided, guidance_scale)
         unconditional, conditional = both.chunk(2)
-        return guide(conditional, unconditional, guidance_scale)
+        return guide_channels(conditional, unconditional, guidance_scale, network.guidance_channels)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ arguments of the network's ``forward``, each with one row per image.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -25,6 +26,7 @@ class FlowNetwork:
 
     Args:
         transformer: the network.
+        guidance_channels: classifier-free guidance acts on so many first channels of the velocity, None is all.
 
     Attributes:
         takes: the argument of the pipeline that states the condition.
@@ -38,9 +40,15 @@ class FlowNetwork:
     embeds_guidance = False
     clip_context = True
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: nn.Module, guidance_channels: int | None = None):
         self.transformer = transformer
         self.config = transformer.config
+        self.guidance_channels = guidance_channels
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the network; diffusers visits all its modules to tell, which is too much for every pass."""
+        return self.transformer.dtype
 
     @property
     def channels(self) -> int:
@@ -69,7 +77,7 @@ class FlowNetwork:
     def velocity(self, latents: Tensor, timestep: float, condition: Condition, guidance_scale: float) -> Tensor:
         """(B, C, h, w) float32 at a ``timestep`` in [0, 1000]; the scale is for networks that embed it."""
         steps = torch.full(latents.shape[:1], timestep, device=latents.device, dtype=torch.float32)
-        return self._call(latents.to(self.transformer.dtype), steps, condition, guidance_scale).float()
+        return self._call(latents.to(self.dtype), steps, condition, guidance_scale).float()
 
     def _call(self, latents: Tensor, timestep: Tensor, condition: Condition, guidance_scale: float) -> Tensor:
         return self.transformer(latents, timestep=timestep, return_dict=False, **condition)[0]
@@ -117,8 +125,7 @@ class PromptFlowNetwork(FlowNetwork):
 
     def condition(self, context: Tensor, pooled: Tensor) -> Condition:
         """The condition of text states (B, N, context_width) and pooled vectors (B, pooled_width)."""
-        dtype = self.transformer.dtype
-        return {"encoder_hidden_states": context.to(dtype), "pooled_projections": pooled.to(dtype)}
+        return {"encoder_hidden_states": context.to(self.dtype), "pooled_projections": pooled.to(self.dtype)}
 
 
 class FluxFlowNetwork(PromptFlowNetwork):
@@ -129,8 +136,8 @@ class FluxFlowNetwork(PromptFlowNetwork):
     max_size = None
     sample_size = 128  # of the released networks, whose configuration does not say
 
-    def __init__(self, transformer: nn.Module):
-        super().__init__(transformer)
+    def __init__(self, transformer: nn.Module, guidance_channels: int | None = None):
+        super().__init__(transformer, guidance_channels)
         self.embeds_guidance = self.config.guidance_embeds
         self.default_guidance = 3.5 if self.embeds_guidance else 1.0  # dev and schnell
 
@@ -169,8 +176,8 @@ _NETWORKS: dict[type[nn.Module], type[FlowNetwork]] = {
 }
 
 
-def flow_network(transformer: nn.Module) -> FlowNetwork:
-    """How to call ``transformer``, which may be compiled.
+def flow_network(transformer: nn.Module, guidance_channels: int | None = None) -> FlowNetwork:
+    """How to call ``transformer``, which may be compiled, and how many of its channels are guided.
 
     Raises:
         ValueError: it is no network that predicts the velocity of a flow.
@@ -188,4 +195,4 @@ def flow_network(transformer: nn.Module) -> FlowNetwork:
             f"The network has {config.in_channels} input and {config.out_channels} output channels, but a velocity "
             "has those of the input; a diffusion with learned variance runs in ImageDiffusionPipeline."
         )
-    return network(transformer)
+    return network(transformer, guidance_channels)

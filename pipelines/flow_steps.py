@@ -10,6 +10,7 @@ import torch
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from hfgen.pipelines.flow_networks import FlowNetwork
 from hfgen.pipelines.inputs import check_common
 from hfgen.sampling.guidance import resolve_guidance
 from hfgen.schedulers.interpolant_sde import InterpolantSDEScheduler
@@ -81,6 +82,25 @@ def set_timesteps(
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         arguments["mu"] = config.base_shift + (num_tokens - config.base_image_seq_len) * slope
     scheduler.set_timesteps(**arguments)
+
+
+def set_network_timesteps(
+    scheduler: SchedulerMixin,
+    network: FlowNetwork,
+    num_inference_steps: int,
+    sigmas: Sequence[float] | None,
+    shape: Sequence[int],
+    device: torch.device | str,
+) -> None:
+    """:func:`set_timesteps` for a network and latents of the ``shape`` (C, h, w)."""
+    set_timesteps(
+        scheduler,
+        num_inference_steps,
+        sigmas,
+        default_sigmas=network.default_sigmas(num_inference_steps),
+        num_tokens=shape[1] * shape[2] // network.multiple**2,
+        device=device,
+    )
 
 
 def first_step(scheduler: SchedulerMixin, num_inference_steps: int, strength: float) -> int:

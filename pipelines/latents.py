@@ -9,6 +9,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from hfgen.sampling.guidance import guide
+
 
 @runtime_checkable
 class LatentDecoder(Protocol):
@@ -67,6 +69,22 @@ def initial_noise(
     """Standard normal noise, float32; with a list of generators row i comes from the i-th alone."""
     generator = list(generator) if isinstance(generator, Sequence) else generator
     return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+
+def check_guidance_channels(guidance_channels: int | None, num_channels: int) -> None:
+    """Raise a ``ValueError`` for a number of guided channels that latents of ``num_channels`` do not have."""
+    if guidance_channels is not None and not 1 <= guidance_channels <= num_channels:
+        raise ValueError(
+            f"guidance_channels must be between 1 and the {num_channels} channels, got {guidance_channels}."
+        )
+
+
+def guide_channels(conditional: Tensor, unconditional: Tensor, scale: float, channels: int | None) -> Tensor:
+    """The guided prediction (B, C, h, w); only in the first ``channels``, and conditional in the others, if given."""
+    if channels is None:
+        return guide(conditional, unconditional, scale)
+    guided = guide(conditional[:, :channels], unconditional[:, :channels], scale)
+    return torch.cat([guided, conditional[:, channels:]], dim=1)
 
 
 def decode_latents(vae: LatentDecoder | None, latents: Tensor) -> Tensor:

@@ -61,8 +61,11 @@ class MeanFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
     ):
         super().__init__()
         class_names = ordered_class_names(class_names)
-        if not transformer.config.has_duration:
-            raise ValueError("The transformer predicts no average velocity: MeanFlow needs a DiT with has_duration.")
+        if not transformer.config.get("has_duration", False):
+            raise ValueError(
+                f"This {type(transformer).__name__} predicts no average velocity: MeanFlow needs a DiT with "
+                "has_duration."
+            )
         check_channels(vae, transformer.config.in_channels)
         num_classes = transformer.config.num_classes
         if class_names is not None and len(class_names) != num_classes:
@@ -216,6 +219,8 @@ class MeanFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         starts = [1 - i / num_inference_steps for i in range(num_inference_steps)] if sigmas is None else list(sigmas)
         # Guiding an unconditional image by itself changes nothing, so its second half is not computed.
         scale = 1.0 if class_labels is None else guidance_scale
+        if scale != 1:
+            labels = torch.cat([labels, torch.full_like(labels, self.transformer.unconditional_label)])
 
         with self.progress_bar(total=len(starts)) as progress_bar:
             for i, (t, r) in enumerate(zip(starts, [*starts[1:], 0.0])):
@@ -234,10 +239,9 @@ class MeanFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         return ImageGenerationOutput(images=images, nfe=len(starts))
 
     def _average_velocity(self, latents: Tensor, t: float, r: float, labels: Tensor, scale: float) -> Tensor:
-        """(B, C, h, w) float32, the guided mean velocity from t to r."""
+        """(B, C, h, w) float32, the mean velocity from t to r; a guided one needs the labels of both halves."""
         if scale != 1:
             latents = latents.repeat(2, 1, 1, 1)
-            labels = torch.cat([labels, torch.full_like(labels, self.transformer.unconditional_label)])
         time, duration = (torch.full((len(latents),), value, device=latents.device) for value in (t, t - r))
         velocity = self.transformer(latents, time, labels, duration, return_dict=False)[0].float()
         return velocity if scale == 1 else guide(*velocity.chunk(2), scale)

@@ -28,10 +28,10 @@ from hfgen.pipelines.flow_steps import (
     check_scheduler,
     first_step,
     guidance_scales,
-    set_timesteps,
+    set_network_timesteps,
 )
 from hfgen.pipelines.inputs import ClassLabels, Images, check_callback_inputs, ordered_class_names, to_pixels
-from hfgen.pipelines.latents import check_channels, decode_latents, initial_noise
+from hfgen.pipelines.latents import check_channels, check_guidance_channels, decode_latents, initial_noise
 from hfgen.pipelines.outputs import ImageGenerationOutput
 from hfgen.pipelines.text_conditioning import TextEncoder, check_encoders
 from hfgen.publishing import PublishMixin
@@ -54,6 +54,8 @@ class RectifiedFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeli
             ``prompt_embeds``.
         tokenizer, tokenizer_2, tokenizer_3: those of the encoders.
         class_names: name of each class in order, so that labels can be given by name; or label -> name, as saved.
+        guidance_channels: guidance acts on so many first channels of the velocity, the others are those of the
+            condition: 3 for the published samplers of SiT (their FIDs are with this historical choice), None for all.
 
     Raises:
         ValueError: parts that do not fit together.
@@ -79,12 +81,14 @@ class RectifiedFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeli
         text_encoder_3: PreTrainedModel | None = None,
         tokenizer_3: PreTrainedTokenizerBase | None = None,
         class_names: Sequence[str] | Mapping[str, str] | None = None,
+        guidance_channels: int | None = None,
     ):
         super().__init__()
         network = flow_network(transformer)
         scheduler = FlowMatchEulerDiscreteScheduler() if scheduler is None else scheduler
         check_scheduler(scheduler)
         check_channels(vae, network.channels)
+        check_guidance_channels(guidance_channels, network.channels)
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
@@ -108,7 +112,7 @@ class RectifiedFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeli
             raise ValueError(f"Got {len(names)} class_names for {num_classes} classes; give one each.")
         # No list: loading from the Hub takes every list in model_index.json for a component.
         names = None if names is None else {str(label): name for label, name in enumerate(names)}
-        self.register_to_config(class_names=names)
+        self.register_to_config(class_names=names, guidance_channels=guidance_channels)
         self.image_processor = VaeImageProcessor()
 
     @classmethod
@@ -121,7 +125,7 @@ class RectifiedFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeli
     @property
     def network(self) -> FlowNetwork:
         """How the transformer is called."""
-        return flow_network(self.transformer)
+        return flow_network(self.transformer, self.config.guidance_channels)
 
     @property
     def text_encoders(self) -> list[TextEncoder]:
@@ -256,7 +260,7 @@ class RectifiedFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeli
                 raise ValueError("height and width are those of the image: leave them out, or resize it.")
             height, width = pixels.shape[-2:]
         shape = flow_latent_shape(network, self.vae, height, width)
-        self._set_timesteps(num_inference_steps, sigmas, shape)
+        set_network_timesteps(scheduler, network, num_inference_steps, sigmas, shape, device)
         start = 0 if image is None else first_step(scheduler, num_inference_steps, strength)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(start)  # else the scheduler would look for each timestep on the device
@@ -273,7 +277,7 @@ class RectifiedFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeli
             negative_pooled_prompt_embeds,
             max_sequence_length,
         )
-        conditions = self._conditions(arguments, num_images_per_prompt, scales)
+        conditions = self._conditions(network, arguments, num_images_per_prompt, scales, device)
         shape = (conditions.batch_size, *shape)
         check_noise(shape, generator, latents)
         noise = initial_noise(shape, generator, device) if latents is None else latents.to(device, torch.float32)
@@ -343,7 +347,8 @@ class RectifiedFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeli
         self.check_inputs(1, num_inference_steps, guidance_scale, image, None, 1.0, "latent", ())
         passes = passes_per_step(method)
         device, network, pixels = self._execution_device, self.network, to_pixels(image)
-        self._set_timesteps(num_inference_steps, None, flow_latent_shape(network, self.vae, *pixels.shape[-2:]))
+        shape = flow_latent_shape(network, self.vae, *pixels.shape[-2:])
+        set_network_timesteps(self.scheduler, network, num_inference_steps, None, shape, device)
         times = sorted(set(self.scheduler.sigmas.tolist()))  # Heun lists most of them twice
         arguments = ConditionArguments(
             prompt,
@@ -355,7 +360,7 @@ class RectifiedFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeli
             negative_pooled_prompt_embeds,
             max_sequence_length,
         )
-        conditions = self._conditions(arguments, 1, [guidance_scale])
+        conditions = self._conditions(network, arguments, 1, [guidance_scale], device)
         batch_size = max(len(pixels), conditions.batch_size)
         conditions = conditions.expand(batch_size)
         latents = image_to_latents(self.vae, pixels.to(device), batch_size)
@@ -371,24 +376,19 @@ class RectifiedFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeli
         return ImageGenerationOutput(images=latents, nfe=nfe)
 
     def _conditions(
-        self, arguments: ConditionArguments, num_images_per_prompt: int, scales: Sequence[float]
+        self,
+        network: FlowNetwork,
+        arguments: ConditionArguments,
+        num_images_per_prompt: int,
+        scales: Sequence[float],
+        device: torch.device,
     ) -> FlowConditions:
         return prepare_conditions(
             arguments,
-            self.network,
+            network,
             self.text_encoders,
             self.class_names,
             num_images=num_images_per_prompt,
             guided=any(scale != 1 for scale in scales),
-            device=self._execution_device,
-        )
-
-    def _set_timesteps(self, num_inference_steps: int, sigmas: Sequence[float] | None, shape: Sequence[int]) -> None:
-        set_timesteps(
-            self.scheduler,
-            num_inference_steps,
-            sigmas,
-            default_sigmas=self.network.default_sigmas(num_inference_steps),
-            num_tokens=shape[1] * shape[2] // self.network.multiple**2,
-            device=self._execution_device,
+            device=device,
         )

@@ -53,7 +53,21 @@ def compare(modules, monkeypatch, tmp_path):
     return call
 
 
-def test_every_method_trains_and_is_measured_once(compare, modules, tmp_path, capsys):
+@pytest.fixture
+def report(modules, monkeypatch):
+    """Make the report of stored numbers again, where nothing can be trained."""
+
+    def call(results, page=None):
+        flags = [] if page is None else ["--page", page]
+        with monkeypatch.context() as patch:
+            patch.setattr(modules["paradigms"], "train", None)
+            patch.setattr(sys, "argv", ["paradigms.py", "--from_results", *map(str, [results, *flags])])
+            modules["paradigms"].main()
+
+    return call
+
+
+def test_every_method_trains_and_is_measured_once(compare, report, modules, tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("Above.\n\n<!-- measured: begin -->\nstale\n<!-- measured: end -->\n\nBelow.\n")
     methods = modules["training"].METHODS
@@ -72,12 +86,23 @@ def test_every_method_trains_and_is_measured_once(compare, modules, tmp_path, ca
     content = page.read_text()
     assert content.startswith("Above.") and content.endswith("Below.\n") and "stale" not in content
     assert "| DiT, rectified flow | euler | 0.99 | 2 |" in content
-    verdicts = {line[2:5]: line for line in content.splitlines() if line.startswith("- C")}
+    claims = [line for line in content.splitlines() if line.startswith("- C")]
+    verdicts = {line[2:5]: line for line in claims if ": **" in line}
+    criteria = {line[2:5]: line for line in claims if ": **" not in line}
+    assert criteria.keys() == verdicts.keys() and all("olds if" in line for line in criteria.values())
+    assert content.index(criteria["C30"]) < content.index("| method |") < content.index(verdicts["C13"])
     assert verdicts.keys() == {"C13", "C14", "C17", "C30"}
     assert all("**is undecided**" in verdicts[claim] for claim in ("C13", "C14", "C17"))  # with one seed
     assert str(tmp_path) not in content
     assert (tmp_path / "images" / "page.png").stat().st_size > 10_000
     assert capsys.readouterr().out.strip() in content
+
+    (tmp_path / "images" / "page.png").unlink()
+    page.write_text(content.replace("Frechet", "stale"))
+    report(tmp_path / "paradigms.json", page)
+    assert page.read_text() == content and (tmp_path / "images" / "page.png").is_file()
+    report(tmp_path / "paradigms.json")
+    assert (tmp_path / "paradigms.png").stat().st_size > 10_000
 
     assert compare("--seeds", 0, "--methods", "distilled") == []  # everything is there
     with pytest.raises(ValueError, match="trained with other settings"):

@@ -68,11 +68,14 @@ def test_without_it_the_message_names_the_one_that_belongs_to_it(files, capsys):
     assert pipeline([0], num_inference_steps=1, output_type="latent").images.shape[1] == 4
 
 
-def test_published_settings_are_those_of_the_system(files):
-    """Guidance of the official DiT acts on three channels; that of new pipelines on all."""
-    run("convert", "dit", files / "dit.safetensors", *HEADS, "--output", files / "dit")
-    assert hfgen.AutoPipeline.from_pretrained(files / "dit").config.guidance_channels == 3
-    fresh = hfgen.ImageDiffusionPipeline(hfgen.DiT(num_layers=1, width=16, num_heads=2))
+@pytest.mark.parametrize(
+    ("system", "pipeline_class"), [("dit", hfgen.ImageDiffusionPipeline), ("sit", hfgen.RectifiedFlowPipeline)]
+)
+def test_published_settings_are_those_of_the_system(system, pipeline_class, files):
+    """Guidance of the official DiT and SiT acts on three channels; that of new pipelines on all."""
+    run("convert", system, files / f"{system}.safetensors", *HEADS, "--output", files / "out")
+    assert hfgen.AutoPipeline.from_pretrained(files / "out").config.guidance_channels == 3
+    fresh = pipeline_class(hfgen.DiT(num_layers=1, width=16, num_heads=2))
     assert fresh.config.guidance_channels is None
 
 

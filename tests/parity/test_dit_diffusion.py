@@ -9,17 +9,19 @@ from unittest import mock
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
+import hfgen.schedulers.interpolant_sde as interpolant_sde
 import hfgen.schedulers.respaced_ddpm as respaced_ddpm
 from hfgen.conversion import load_original
 from hfgen.losses.diffusion import diffusion_loss
 from hfgen.losses.flow import flow_interpolate, flow_loss
 from hfgen.pipelines.diffusion import ImageDiffusionPipeline
+from hfgen.pipelines.rectified_flow import RectifiedFlowPipeline
 from hfgen.sampling.guidance import guide
 from hfgen.sampling.ode import solve_ode
 from hfgen.schedulers.interpolant_sde import InterpolantSDEScheduler
 from hfgen.schedulers.respaced_ddpm import RespacedDDPMScheduler
+from hfgen.training.flow_pairs import pair_conditions
 from support.golden import assert_matches, case_path, output_names, read_case
 
 SYSTEM = "dit"
@@ -99,46 +101,49 @@ def sit_training():
     return {"pred": -velocity, "loss": flow_loss(velocity, latents, noise)}
 
 
-@torch.no_grad()
-def velocity(x, timestep):
-    """Of SiT, guided; ``timestep`` is 1000 sigma."""
+def sit_pipeline(scheduler=None):
+    pipeline = RectifiedFlowPipeline(model("sit"), scheduler, guidance_channels=GUIDANCE_CHANNELS)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sit_arguments():
     inputs = read_case(SYSTEM).inputs
-    labels = inputs["sit.y"]
-    labels = torch.cat([labels, torch.full_like(labels, model("sit").unconditional_label)])
-    both = model("sit")(x.repeat(2, 1, 1, 1), torch.as_tensor(timestep).expand(2 * len(x)), labels).sample
-    conditional, unconditional = both.chunk(2)
-    first, rest = conditional[:, :GUIDANCE_CHANNELS], conditional[:, GUIDANCE_CHANNELS:]
-    return torch.cat([guide(first, unconditional[:, :GUIDANCE_CHANNELS], inputs["cfg_scale"].item()), rest], dim=1)
+    return {
+        "class_labels": inputs["sit.y"],
+        "guidance_scale": inputs["cfg_scale"].item(),
+        "latents": inputs["sit.sample.noise_init"],
+        "output_type": "latent",
+    }
 
 
 def sit_sigmas():
-    return torch.linspace(1, 0, read_case(SYSTEM).config["sit_sampling"]["ode_num_steps"])
+    return torch.linspace(1, 0, read_case(SYSTEM).config["sit_sampling"]["ode_num_steps"]).tolist()
 
 
 def sit_euler():
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(sigmas=sit_sigmas()[:-1].tolist())
-    x = read_case(SYSTEM).inputs["sit.sample.noise_init"]
-    for timestep in scheduler.timesteps:
-        x = scheduler.step(velocity(x, timestep), timestep, x, return_dict=False)[0]
-    return x
+    return sit_pipeline()(**sit_arguments(), sigmas=sit_sigmas()[:-1]).images
 
 
+@torch.no_grad()
 def sit_heun():
     """FlowMatchHeunDiscreteScheduler takes its last step by Euler, which the official solver does not."""
-    start = read_case(SYSTEM).inputs["sit.sample.noise_init"]
-    return solve_ode(lambda x, sigma: velocity(x, 1000 * sigma), start, sit_sigmas().tolist(), "heun")
+    pipeline, arguments = sit_pipeline(), sit_arguments()
+    labels, scale = arguments["class_labels"], arguments["guidance_scale"]
+    conditions = pair_conditions(pipeline, {"label": labels}, guided=True)
+
+    def velocity(x, sigma):
+        return conditions.velocity(pipeline.network, x, 1000 * sigma, scale)
+
+    return solve_ode(velocity, arguments["latents"], sit_sigmas(), "heun")
 
 
 def sit_sde():
-    case = read_case(SYSTEM)
-    x, draws = case.inputs["sit.sample.noise_init"], iter(case.inputs["sit.sample_sde.noise_steps"])
-    scheduler = InterpolantSDEScheduler.from_preset("sit")
-    scheduler.set_timesteps(case.config["sit_sampling"]["sde_num_steps"])
-    for timestep in scheduler.timesteps:
-        noise = next(draws, x)[: len(x)]  # there is none for the last step
-        x = scheduler.step(velocity(x, timestep), timestep, x, variance_noise=noise).prev_sample
-    return x
+    case, arguments = read_case(SYSTEM), sit_arguments()
+    draws, steps = iter(case.inputs["sit.sample_sde.noise_steps"]), case.config["sit_sampling"]["sde_num_steps"]
+    count = len(arguments["latents"])
+    with mock.patch.object(interpolant_sde, "randn_tensor", lambda *_: next(draws)[:count]):
+        return sit_pipeline(InterpolantSDEScheduler())(**arguments, num_inference_steps=steps).images
 
 
 CHECKS = {

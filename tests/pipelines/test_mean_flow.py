@@ -126,6 +126,8 @@ def test_pixels_and_latents_on_the_scale_of_a_generator():
 def test_components_that_do_not_fit():
     with pytest.raises(ValueError, match="predicts no average velocity: MeanFlow needs a DiT with has_duration"):
         pipeline(has_duration=False)
+    with pytest.raises(ValueError, match="This NCSNpp predicts no average velocity"):
+        MeanFlowPipeline(build_model("NCSNpp"))
     with pytest.raises(ValueError, match="latents of the vae have 4 channels, but the transformer has 3"):
         pipeline(autoencoder())
     with pytest.raises(ValueError, match="vae is a Linear, which has no encode and decode"):

@@ -115,6 +115,25 @@ def test_guidance():
         torch.testing.assert_close(end, start - (2 * scale - 1) * start)
 
 
+def test_guidance_of_the_first_channels():
+    """The others follow the condition alone, in samples and on the way back."""
+    start, image = torch.ones(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.5)
+    ends, noises = [], []
+    for channels in (None, 2):
+        pipe = pipeline(linear(), guidance_channels=channels)
+        arguments = {"class_labels": 0, "guidance_scale": 3.0}
+        ends.append(pipe(**arguments, latents=start, sigmas=[1.0], output_type="latent").images)
+        noises.append(pipe.invert(image, **arguments, num_inference_steps=1, method="euler").images)
+    for (everywhere, first), rate in ((ends, -1.0), (noises, 1.0)):  # a step of Euler is x + rate x without guidance
+        begin = start if rate < 0 else image
+        assert torch.equal(first[:, :2], everywhere[:, :2])
+        torch.testing.assert_close(first[:, 2:], begin[:, 2:] * (1 + rate))
+        assert not torch.allclose(everywhere[:, 2:], first[:, 2:])
+    for channels in (0, 4):
+        with pytest.raises(ValueError, match=f"guidance_channels must be between 1 and the 3.*got {channels}"):
+            pipeline(guidance_channels=channels)
+
+
 def test_guidance_is_computed_only_while_it_is_on():
     pipe, rows = pipeline(linear()), []
     pipe.transformer.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))

@@ -194,7 +194,7 @@ class DiT(HFGenModel, AttentionMixin):
         self._check_inputs(hidden_states, timestep, class_labels, duration)
         patch_size = self.config.patch_size
         grid = (hidden_states.shape[-2] // patch_size, hidden_states.shape[-1] // patch_size)
-        tokens = self.patch_embed(hidden_states.to(self.dtype))
+        tokens = self.patch_embed(hidden_states.to(self.patch_embed.proj.weight.dtype))
         tokens = tokens + self.position_embed(grid).to(tokens.dtype)
         condition = self._embed_condition(timestep, class_labels, duration)
         for block in self.blocks:
