@@ -146,6 +146,7 @@ def make_pairs(
             "shift": float(scheduler.config.shift),
             "num_inference_steps": num_inference_steps,
             "guidance_scale": float(guidance_scale),
+            "guidance_channels": network.guidance_channels or network.channels,
             "seed": seed,
             "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest() if captions else "none",
         },
