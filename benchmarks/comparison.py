@@ -36,6 +36,7 @@ class Comparison:
             what they do not compute.
         transformer: the transformer's part of ``optimised``, whose floating-point rate is stated.
         dtype: of the weights.
+        items: made for each of the batch, such as the tokens of a text; the rate counts them.
     """
 
     part: str
@@ -44,6 +45,7 @@ class Comparison:
     optimised: Callable[[], tuple[Tensor | None, Tensor | None]]
     transformer: Callable[[], object]
     dtype: torch.dtype
+    items: int = 1
 
 
 def gemm_rate(dtype: torch.dtype, device: str) -> float:
@@ -82,7 +84,7 @@ def measure(comparison: Comparison, threads: int, repeats: int, device: str) -> 
         "ratio": plain["wall_s"] / optimised["wall_s"],
         "ratio of CPU time": plain["cpu_s"] / optimised["cpu_s"],
         "transformer s": seconds["transformer"]["wall_s"],
-        "images/s": comparison.batch / optimised["wall_s"],
+        "images/s": comparison.batch * comparison.items / optimised["wall_s"],
         "GEMM share": rate / gemm_rate(comparison.dtype, device),
         "max_pixel_difference": difference,
     }

@@ -4,11 +4,15 @@
     python benchmarks/sampling.py --system var --size var-d16 --batch 1 --threads 2 --dtype float32 bfloat16
     python benchmarks/sampling.py --system maskgit --size titok-l32
     python benchmarks/sampling.py --system titok --size titok-b-64
+    python benchmarks/sampling.py --system rectified_flow --size s
+    python benchmarks/sampling.py --system transfusion --size 0.16B
 
-Systems: var and maskgit sample whole images, titok encodes and decodes them. Both paths run alternately in one
-process. The table gives seconds per call (median of --repeats), their ratio, also that of the CPU time, which other
-work on the machine disturbs less, images per second, and for the transformer the floating-point rate as a share of
-what a large matrix product reaches here.
+Systems: var and maskgit sample whole images, titok encodes and decodes them; rectified_flow compares the pipelines
+for flows and diffusion with those of diffusers for SD3 and DiT, which are the plain path there; transfusion draws
+images after texts of several lengths, and writes text, where the plain path is transformers' Llama. Both paths run
+alternately in one process. The table gives seconds per call (median of --repeats), their ratio, also that of the CPU
+time, which other work on the machine disturbs less, images (of text, tokens) per second, and for the transformer the
+floating-point rate as a share of what a large matrix product reaches here.
 """
 
 from __future__ import annotations
@@ -18,12 +22,20 @@ import json
 from pathlib import Path
 
 import speed_maskgit
+import speed_rectified_flow
 import speed_titok
+import speed_transfusion
 import speed_var
 import torch
 from comparison import COLUMNS, measure
 
-SYSTEMS = {"var": speed_var, "maskgit": speed_maskgit, "titok": speed_titok}
+SYSTEMS = {
+    "var": speed_var,
+    "maskgit": speed_maskgit,
+    "titok": speed_titok,
+    "rectified_flow": speed_rectified_flow,
+    "transfusion": speed_transfusion,
+}
 
 
 def main() -> None:
@@ -44,7 +56,7 @@ def main() -> None:
         parser.error(f"--size {size} is none of {arguments.system}; choose one of {', '.join(system.SIZES)}")
 
     rows = []
-    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {size}, greedy, guidance on")
+    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {size}, deterministic, guidance on")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for dtype in arguments.dtype:
         model = system.load(size, getattr(torch, dtype), arguments.device)

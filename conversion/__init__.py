@@ -33,6 +33,7 @@ _MODULES = {
     "mean_flow": "mean_flow",
     "rectified_flow": "rectified_flow",
     "sd3": "mmdit",
+    "transfusion_pytorch": "transfusion",
 }
 
 __all__ = [

@@ -150,7 +150,10 @@ class _Saved:
     @property
     def gives_latents(self) -> bool:
         """Whether a pipeline of latents lacks its decoder."""
-        return self.config.get("vae") == _ABSENT and self.network_config.get("in_channels") != 3
+        if self.config.get("quantizer", _ABSENT) not in (_ABSENT, ["hfgen", "NoisyLatentQuantizer"]):
+            return False  # a tokenizer of images, which needs no autoencoder
+        network = self.network_config
+        return self.config.get("vae") == _ABSENT and network.get("in_channels", network.get("latent_channels")) != 3
 
 
 def _name(repo_id: str, saved: _Saved) -> str:

@@ -276,7 +276,7 @@ SYSTEMS: tuple[System, ...] = (
         paper="SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers",
         code="willisma/SiT", weights_licence="MIT",
         generator="DiT", pipeline="RectifiedFlowPipeline", converter="sit",
-        autoencoder="stabilityai/sd-vae-ft-ema",
+        pipeline_arguments=MappingProxyType({"guidance_channels": 3}), autoencoder="stabilityai/sd-vae-ft-ema",
         examples=("examples/train_rectified_flow.py",),
         notes="The network of DiT with interpolant paths.",
     ),
@@ -316,6 +316,9 @@ SYSTEMS: tuple[System, ...] = (
         key="transfusion", title="Transfusion", published="ICLR 2025", arxiv="2408.11039",
         paper="Transfusion: Predict the Next Token and Diffuse Images with One Multi-Modal Model",
         code="lucidrains/transfusion-pytorch", weights_licence=None,
+        generator="TransfusionTransformer", pipeline="TransfusionPipeline",
+        variants=("NoisyLatentQuantizer", "TransfusionFlowTransformer"),
+        examples=("examples/train_transfusion.py", "examples/finetune_noise_robust_decoder.py"),
         notes="Nothing was released by the authors.",
     ),
 )

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 
 from hfgen.pipelines.diffusion_networks import number_of_classes
 from hfgen.pipelines.rectified_flow import RectifiedFlowPipeline
+from hfgen.pipelines.transfusion import TransfusionPipeline
 
 # Argument of a pipeline's call -> the options that give it.
 OPTIONS = {"class_labels": "--labels", "prompt": "--prompt or --prompts-file"}
@@ -65,6 +66,8 @@ def taken_argument(pipeline: DiffusionPipeline) -> Literal["class_labels", "prom
     """The argument of a call that states the condition."""
     if isinstance(pipeline, RectifiedFlowPipeline):
         return pipeline.network.takes
+    if isinstance(pipeline, TransfusionPipeline):
+        return "prompt" if pipeline.tokenizer is not None else None
     return None if number_of_classes(pipeline.transformer) is None else "class_labels"
 
 

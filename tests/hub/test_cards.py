@@ -88,6 +88,12 @@ FLOWS = {
         "unconditional-image-generation",
         "rectified_flow",
     ),
+    "text and images": (
+        lambda: build_pipeline("TransfusionPipeline"),
+        'image = pipeline(prompt="a small red circle at the top left").images[0]',
+        "text-to-image",
+        "transfusion",
+    ),
     "neither encoder nor decoder": (
         lambda: hfgen.RectifiedFlowPipeline(mmdit(4)),
         "latents = pipeline(prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds, "

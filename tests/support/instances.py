@@ -12,9 +12,11 @@ from typing import Any
 import diffusers
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 import hfgen
 from hfgen.counters import generator
+from support import text_encoders
 
 PATCH_NUMS = (1, 2, 4)
 NUM_TOKENS = sum(side**2 for side in PATCH_NUMS)
@@ -65,6 +67,8 @@ class PipelineCase:
             ``"component.part"``; the pipeline itself brings them to its device.
         schedulers: constructor argument -> name of a public scheduler, or of one of diffusers.
         changes: constructor argument -> what differs in the model's arguments from those of its own case.
+        tokenizers: constructor argument -> function that makes a text tokenizer.
+        settings: those of ``arguments`` without which a call needs more arguments.
     """
 
     components: Mapping[str, str]
@@ -76,6 +80,8 @@ class PipelineCase:
     read_directly: tuple[str, ...] = ()
     schedulers: Mapping[str, str] = field(default_factory=dict)
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tokenizers: Mapping[str, Callable[[], PreTrainedTokenizerBase]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def draws(*shape: int) -> Tensor:
@@ -105,6 +111,39 @@ def masked_inputs(batch: int) -> dict[str, Tensor]:
     codes = torch.stack([torch.randint(16, (16,), generator=generator(row)) for row in range(batch)])
     codes[:, ::3] = 16
     return {"codes": codes, "class_labels": labels(batch, 6)}
+
+
+# Text, then the special ids; an image has four tokens.
+TRANSFUSION_IDS = {
+    "vocab_size": 16,
+    "bos_token_id": 10,
+    "eos_token_id": 11,
+    "boi_token_id": 12,
+    "eoi_token_id": 13,
+    "pad_token_id": 14,
+    "image_token_id": 15,
+}
+
+
+def transfusion_inputs(batch: int) -> dict[str, Tensor]:
+    """Two words, an image and a word; padding at the end."""
+    words = torch.stack([torch.randint(10, (3,), generator=generator(row)) for row in range(batch)])
+    ids = torch.tensor([10, 0, 0, 12, 15, 15, 15, 15, 13, 0, 11, 14]).repeat(batch, 1)
+    ids[:, [1, 2, 9]] = words
+    return {"input_ids": ids, "latents": draws(batch, 2, 4, 4), "timesteps": torch.linspace(900, 300, 4)[:batch]}
+
+
+def transfusion_flow_inputs(batch: int) -> dict[str, Tensor]:
+    """Two words, an image with its grid in words and one word; padding at the end."""
+    words = torch.stack([torch.randint(10, (3,), generator=generator(row)) for row in range(batch)])
+    ids = torch.tensor([10, 0, 0, 15, 66, 60, 66, 13, -2, -2, -2, -2, 14, 0, 11, -1]).repeat(batch, 1)
+    ids[:, [1, 2, 13]] = words
+    return {"input_ids": ids, "latents": draws(batch, 3, 2, 2), "timesteps": torch.linspace(900, 300, 4)[:batch]}
+
+
+def _transfusion_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    output = model(**inputs)
+    return torch.cat([output.logits.flatten(1), output.sample.flatten(1).float()], dim=1)
 
 
 def _vqvae_latents(batch: int) -> Tensor:
@@ -210,6 +249,17 @@ MODELS: dict[str, ModelCase] = {
         },
         smooth=lambda model, inputs: model(**inputs).sample,
     ),
+    "NoisyLatentQuantizer": ModelCase(
+        arguments={"num_codes": 512, "latent_channels": 8, "quantizer_type": "linear"},
+        inputs=lambda batch: {"latents": draws(batch, 8, 4, 4)},
+        smooth=lambda model, inputs: model.probabilities(**inputs),
+        entry_points={
+            "encode": lambda model, inputs: model.encode(**inputs),
+            "probabilities": lambda model, inputs: model.probabilities(**inputs),
+            "decode": lambda model, inputs: model.decode(torch.zeros(1, 16, dtype=torch.long)),
+        },
+        lora_targets=("projection",),
+    ),
     "TiTok": ModelCase(
         arguments={
             "image_size": 8,
@@ -233,6 +283,54 @@ MODELS: dict[str, ModelCase] = {
             "decode": lambda model, inputs: model.decode(draws(1, 4, 6)),
             "decode_codes": lambda model, inputs: model.decode_codes(torch.zeros(1, 4, dtype=torch.long)),
         },
+    ),
+    "TransfusionFlowTransformer": ModelCase(
+        arguments={
+            "num_text_tokens": 10,
+            "latent_channels": (3,),
+            "has_positions": (True,),
+            "num_layers": 2,
+            "width": 16,
+            "num_heads": 2,
+            "head_dim": 8,
+            "ff_dim": 24,
+        },
+        inputs=transfusion_flow_inputs,
+        smooth=_transfusion_outputs,
+        entry_points={
+            "new_cache": lambda model, inputs: model.new_cache(1, 16),
+            "extend": lambda model, inputs: model.extend(
+                model.layout(inputs["input_ids"]), None, inputs["latents"], inputs["timesteps"]
+            ),
+        },
+        float32_outputs=frozenset({"logits"}),
+    ),
+    "TransfusionTransformer": ModelCase(
+        arguments={
+            **TRANSFUSION_IDS,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "context_length": 32,
+            "latent_channels": 2,
+            "time_frequency_dim": 16,
+            "has_modality_embedding": True,
+        },
+        inputs=transfusion_inputs,
+        smooth=_transfusion_outputs,
+        entry_points={
+            "embed_text": lambda model, inputs: model.embed_text(inputs["input_ids"]),
+            "embed_images": lambda model, inputs: model.embed_images(inputs["latents"], inputs["timesteps"]),
+            "run": lambda model, inputs: model.run(draws(1, 3, 32), torch.arange(3)[None]),
+            "read_images": lambda model, inputs: model.read_images(
+                draws(1, 4, 32), model.embed_images(inputs["latents"], inputs["timesteps"])
+            ),
+            "text_logits": lambda model, inputs: model.text_logits(draws(1, 3, 32)),
+        },
+        float32_outputs=frozenset({"logits"}),
+        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"),
     ),
     "UViTBert": ModelCase(
         arguments=MASKED_SIZES,
@@ -268,6 +366,9 @@ QUANTIZERS: dict[str, QuantizerCase] = {
         arguments={"num_codes": 16, "code_dim": 8}, latents=lambda batch: draws(batch, 16, 8)
     ),
     "EntropyVectorQuantizer": QuantizerCase(
+        arguments={"num_codes": 16, "code_dim": 8}, latents=lambda batch: draws(batch, 16, 8)
+    ),
+    "LinearQuantizer": QuantizerCase(
         arguments={"num_codes": 16, "code_dim": 8}, latents=lambda batch: draws(batch, 16, 8)
     ),
     "MultiScaleResidualQuantizer": QuantizerCase(
@@ -322,10 +423,34 @@ PIPELINES: dict[str, PipelineCase] = {
         components={"transformer": "DiT"},
         changes={"transformer": {"has_duration": False}},
         schedulers={"scheduler": "FlowMatchEulerDiscreteScheduler"},
-        arguments={"class_names": ["red", "green", "blue", "cyan", "pink"]},
+        arguments={"class_names": ["red", "green", "blue", "cyan", "pink"], "guidance_channels": 2},
         condition=lambda count: {"class_labels": labels(count, 5).tolist()},
         single={"class_labels": 0},
         steps=28,
+        changeable=("latents",),
+    ),
+    "TransfusionPipeline": PipelineCase(
+        components={"transformer": "TransfusionTransformer"},
+        changes={
+            "transformer": {
+                "vocab_size": 37,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "boi_token_id": 34,
+                "eoi_token_id": 35,
+                "pad_token_id": 0,
+                "image_token_id": 36,
+                "context_length": 64,
+                "latent_channels": 3,
+            }
+        },
+        schedulers={"scheduler": "FlowMatchEulerDiscreteScheduler"},
+        tokenizers={"tokenizer": text_encoders.tokenizer},
+        arguments={"class_names": ["a red circle", "a blue cross"], "image_size": 8},
+        settings={"image_size": 8},
+        condition=lambda count: {"prompt": text_encoders.CAPTIONS[:count]},
+        single={"prompt": text_encoders.CAPTIONS[0]},
+        steps=50,
         changeable=("latents",),
     ),
     "VARPipeline": PipelineCase(
@@ -359,7 +484,9 @@ def build_pipeline(name: str, **arguments: Any):
     for argument, scheduler in PIPELINES[name].schedulers.items():
         library = hfgen if scheduler in hfgen.__all__ else diffusers
         components[argument] = getattr(library, scheduler)(**SCHEDULERS[scheduler])
-    pipeline = getattr(hfgen, name)(**components, **arguments)
+    for argument, make in PIPELINES[name].tokenizers.items():
+        components[argument] = make()
+    pipeline = getattr(hfgen, name)(**components, **{**PIPELINES[name].settings, **arguments})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

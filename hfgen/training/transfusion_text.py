@@ -1,0 +1,159 @@
+"""The text of a Transfusion run: its tokenizer, the orders of captions and images, and text-only batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hfgen.data.sequences import Document, PackedRows, SequenceFormat, pack
+from hfgen.data.text import make_tokenizer, read_captions, train_sentencepiece
+from hfgen.data.texts import Texts, load_texts
+from hfgen.data.token_cache import TokenCache
+from hfgen.training.transfusion import TransfusionTrainingConfig
+
+logger = logging.getLogger(__name__)
+
+MAX_CAPTIONS = 100_000  # that are looked at before the training
+MAX_CAPTION_TOKENS = 256
+SLOT = -1
+
+
+class SequenceWriter:
+    """Turns captions and texts into rows of ids.
+
+    Args:
+        config: shares, lengths and sources.
+        data: with captions.
+        num_slots: tokens of an image.
+
+    Attributes:
+        tokenizer: of text.
+        format: ids of documents; the markers come after the text. Slots of images are ``SLOT``.
+        text_tokens: of the longest caption.
+        row_length: of the rows.
+        validation_texts: to measure text alone with; None are the captions.
+
+    Raises:
+        ValueError: the data has no captions, the tokenizer no begin or end, or the rows are too short.
+    """
+
+    def __init__(self, config: TransfusionTrainingConfig, data: Dataset, num_slots: int) -> None:
+        self.config = config
+        if not data.has_captions:
+            raise ValueError(f"--dataset {config.dataset} has no captions, which Transfusion learns from.")
+        captions = list(islice(_captions(data), MAX_CAPTIONS))
+        self.tokenizer = _tokenizer(config, captions)
+        first = len(self.tokenizer)
+        self.format = SequenceFormat(
+            bos=self.tokenizer.bos_token_id,
+            eos=self.tokenizer.eos_token_id,
+            boi=first,
+            eoi=first + 1,
+            pad=first + 2,
+            slot=SLOT,
+            num_slots=num_slots,
+        )
+        longest = max(map(len, self._encode(captions)))
+        self.text_tokens = config.text_tokens or min(longest, MAX_CAPTION_TOKENS)
+        if longest > self.text_tokens:
+            logger.warning(
+                "Captions have up to %d tokens and are cut to %d, see --text_tokens.", longest, self.text_tokens
+            )
+        needed = self.format.overhead + self.text_tokens
+        self.row_length = config.row_length or needed
+        if not needed <= self.row_length:
+            raise ValueError(
+                f"--row_length is {self.row_length}, but an image of {num_slots} tokens and a caption of "
+                f"{self.text_tokens} need {needed}; make it longer, or cut captions with --text_tokens."
+            )
+        if needed > config.context_length:
+            raise ValueError(
+                f"--context_length is {config.context_length}, but an image of {num_slots} tokens and a caption of "
+                f"{self.text_tokens} need {needed}."
+            )
+        self.texts: Texts | None = None
+        self.validation_texts: Texts | None = None
+        if config.text_dataset is not None:
+            texts = load_texts(config.text_dataset, column=config.text_column)
+            if len(texts) <= config.num_validation_images:
+                raise ValueError(
+                    f"--text_dataset {config.text_dataset} has {len(texts)} texts, of which "
+                    f"--num_validation_images {config.num_validation_images} are kept for validation; use more texts."
+                )
+            self.validation_texts, self.texts = texts.split(config.num_validation_images)
+
+    @property
+    def first_free_id(self) -> int:
+        """The id after text and markers."""
+        return self.format.pad + 1
+
+    def draw(self, captions: Sequence[str], generator: torch.Generator) -> PackedRows:
+        """The rows of a micro-batch: text alone, or each image with its caption in a drawn order or without it."""
+        config = self.config
+        share, *draws = torch.rand(1 + 2 * len(captions), generator=generator, device=generator.device).tolist()
+        if share < config.text_only_share:
+            return self.texts_alone(self._draw_texts(captions, generator))
+        dropped = [draw < config.caption_dropout for draw in draws[: len(captions)]]
+        image_first = [draw >= config.caption_first_share for draw in draws[len(captions) :]]
+        documents = [
+            self.format.uncaptioned(index) if drop else self.format.captioned(ids, index, image_first=first)
+            for index, (ids, drop, first) in enumerate(zip(self._cut(captions), dropped, image_first))
+        ]
+        return self._pack(documents)
+
+    def captioned(self, captions: Sequence[str], *, image_first: bool) -> PackedRows:
+        """The rows of images with their captions in one order."""
+        ids = self._cut(captions)
+        return self._pack([self.format.captioned(each, i, image_first=image_first) for i, each in enumerate(ids)])
+
+    def texts_alone(self, texts: Sequence[str]) -> PackedRows:
+        """The rows of texts, of which each is cut to the length of a row."""
+        longest = min(self.row_length, self.config.context_length) - 2
+        return self._pack([self.format.text(ids[:longest]) for ids in self._encode(texts)])
+
+    def held_out(self, captions: Sequence[str], first: int) -> Sequence[str]:
+        """Texts to validate with: those that were kept, in place of as many captions, which begin with the i-th."""
+        if self.validation_texts is None:
+            return captions
+        return [self.validation_texts[first + index] for index in range(len(captions))]
+
+    def _pack(self, documents: Sequence[Document]) -> PackedRows:
+        return pack(documents, self.row_length, self.format.pad)
+
+    def _draw_texts(self, captions: Sequence[str], generator: torch.Generator) -> Sequence[str]:
+        if self.texts is None:
+            return captions
+        count = self.config.text_batch_size or len(captions)
+        chosen = torch.randint(len(self.texts), (count,), generator=generator, device=generator.device)
+        return [self.texts[index] for index in chosen.tolist()]
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _cut(self, captions: Sequence[str]) -> list[list[int]]:
+        return [ids[: self.text_tokens] for ids in self._encode(captions)]
+
+
+def _captions(data: Dataset) -> Iterator[str]:
+    if isinstance(data, TokenCache):
+        return (data.caption(index) for index in range(len(data)))
+    return read_captions(data)
+
+
+def _tokenizer(config: TransfusionTrainingConfig, captions: Sequence[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer that is named, or one that is learned from the captions: every process learns the same one."""
+    source = config.text_tokenizer or config.llama
+    if source is None:
+        model = train_sentencepiece(captions, vocab_size=config.vocab_size, model_type="bpe")
+        logger.info("Learned %d tokens from the captions.", config.vocab_size)
+        return make_tokenizer(model, model_type="bpe", max_length=config.context_length)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    missing = [name for name in ("bos_token", "eos_token") if getattr(tokenizer, name) is None]
+    if missing:
+        raise ValueError(f"The tokenizer {source} has no {' and no '.join(missing)}, which mark the ends of a text.")
+    return tokenizer

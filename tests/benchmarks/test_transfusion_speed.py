@@ -1,0 +1,39 @@
+"""The comparison of Transfusion in benchmarks/sampling.py: both paths make the same, and ours does less."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("speed_transfusion")
+    monkeypatch.setattr(module, "CONTEXTS", (64,))
+    monkeypatch.setattr(module, "STEPS", 2)
+    monkeypatch.setattr(module, "TOKENS", 4)
+    return module
+
+
+@torch.no_grad()
+def test_equal_results_for_less_work(benchmark):
+    image, text = benchmark.compare(benchmark.load("tiny", torch.float32, "cpu"), batch=1)
+    operations = []
+    for path in (image.plain, image.optimised):
+        with FlopCounterMode(display=False) as counter:
+            path()
+        operations.append(counter.get_total_flops())
+    assert operations[1] < 0.95 * operations[0]
+    assert torch.equal(text.plain()[0], text.optimised()[0])
+    assert text.items == 4
+
+
+def test_other_images_are_not_timed(benchmark, monkeypatch):
+    monkeypatch.setattr(benchmark, "sample_plain", lambda *arguments: torch.full((1, 3, 32, 32), 3.0))
+    with pytest.raises(SystemExit, match="Images after 64 tokens differ"):
+        benchmark.compare(benchmark.load("tiny", torch.float32, "cpu"), batch=1)
