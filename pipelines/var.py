@@ -31,7 +31,7 @@ from hfgen.pipelines.inputs import (
 )
 from hfgen.pipelines.outputs import ImageGenerationOutput
 from hfgen.publishing import PublishMixin
-from hfgen.sampling.guidance import guide, resolve_guidance
+from hfgen.sampling.guidance import resolve_guidance
 from hfgen.sampling.logits import exponential_draws, filter_logits, sample_codes
 from hfgen.sampling.next_scale import keep_mask_at_scale, smooth_probabilities
 
@@ -233,12 +233,9 @@ class VARPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         cache, condition = self.transformer.new_cache(torch.cat([labels, unconditional]) if guided else labels)
         with self.progress_bar(total=len(patch_nums)) as progress_bar:
             for scale, side in enumerate(patch_nums):
-                guided_now = guided and schedule[scale] != 1
                 logits = self.transformer.forward_scale(
-                    next_input, condition, cache, scale, num_logit_rows=batch_size * (2 if guided_now else 1)
+                    next_input, condition, cache, scale, batch_size, schedule[scale] if guided else 1.0
                 )
-                if guided_now:
-                    logits = guide(*logits.chunk(2), schedule[scale])
                 if temperature != 1:
                     logits = logits / temperature
                 logits = filter_logits(logits, top_k=top_k, top_p=top_p)

@@ -108,6 +108,16 @@ def test_the_unconditional_rows_can_leave_out_the_head():
     torch.testing.assert_close(one, both[:1])
 
 
+def test_guidance_before_the_head_is_guidance_of_the_logits():
+    model, labels = tiny(), torch.tensor([1, 3, 5, 5])
+    with torch.no_grad():
+        cache, condition = model.new_cache(labels)
+        conditional, unconditional = model.forward_scale(None, condition, cache, 0, num_logit_rows=4).chunk(2)
+        cache, condition = model.new_cache(labels)
+        guided = model.forward_scale(None, condition, cache, 0, num_logit_rows=2, guidance_scale=2.5)
+    torch.testing.assert_close(guided, unconditional + 2.5 * (conditional - unconditional), rtol=1e-5, atol=1e-5)
+
+
 def test_latents_of_half_a_scale_are_an_error():
     with pytest.raises(ValueError, match=r"20 tokens.*\[0, 4, 13, 38\]"):
         tiny()(teacher_inputs(num_tokens=20), torch.tensor([0, 0]))

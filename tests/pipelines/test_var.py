@@ -94,15 +94,15 @@ def test_the_unconditional_half_is_computed_only_for_guidance(pipe, monkeypatch)
     rows = []
     plain = pipe.transformer.forward_scale
 
-    def count(latents, condition, cache, scale, num_logit_rows):
-        rows.append((len(cache.rows), num_logit_rows))
-        return plain(latents, condition, cache, scale, num_logit_rows)
+    def count(latents, condition, cache, scale, num_logit_rows, guidance_scale):
+        rows.append((len(cache.rows), num_logit_rows, guidance_scale))
+        return plain(latents, condition, cache, scale, num_logit_rows, guidance_scale)
 
     monkeypatch.setattr(pipe.transformer, "forward_scale", count)
     for labels, scale, expected in (
-        ([0, 1], 2.0, [(4, 2), (4, 4), (4, 4)]),  # the ramp starts without guidance
-        ([0, 1], 1.0, [(2, 2)] * 3),
-        (None, 2.0, [(1, 1)] * 3),
+        ([0, 1], 2.0, [(4, 2, 1.0), (4, 2, 1.5), (4, 2, 2.0)]),  # the ramp starts without guidance
+        ([0, 1], 1.0, [(2, 2, 1.0)] * 3),
+        (None, 2.0, [(1, 1, 1.0)] * 3),
     ):
         rows.clear()
         pipe(labels, guidance_scale=scale, output_type="latent")

@@ -286,7 +286,13 @@ class VARTransformer(HFGenModel, AttentionMixin):
 
     @apply_forward_hook
     def forward_scale(
-        self, latents: Tensor | None, condition: Tensor, cache: VARCache, scale: int, num_logit_rows: int
+        self,
+        latents: Tensor | None,
+        condition: Tensor,
+        cache: VARCache,
+        scale: int,
+        num_logit_rows: int,
+        guidance_scale: float = 1.0,
     ) -> Tensor:
         """The logits of one scale, given the earlier ones in the cache.
 
@@ -297,9 +303,10 @@ class VARTransformer(HFGenModel, AttentionMixin):
             scale: index of the scale, in order from 0.
             num_logit_rows: logits are computed for this many leading sequences of the batch only (the others, such as
                 the unconditional half while guidance is off, still fill the cache).
+            guidance_scale: w; if it is not 1, as many rows follow, with the unconditional class, to guide away from.
 
         Returns:
-            (num_logit_rows, S, num_codes) float32.
+            (num_logit_rows, S, num_codes) float32, guided.
         """
         start = sum(self.scale_lengths[:scale])
         tables = self.position_embed[:, start : start + self.scale_lengths[scale]] + self.scale_embed.weight[scale]
@@ -316,11 +323,17 @@ class VARTransformer(HFGenModel, AttentionMixin):
         cache.kv.advance(self.scale_lengths[scale])
         if cache.head_modulation is None:
             cache.head_modulation = self.norm_out(condition)[cache.rows]
-        return self._logits(hidden_states[:num_logit_rows], cache.head_modulation[:num_logit_rows])
+        if guidance_scale == 1:
+            return self.proj_out(self._normed(hidden_states[:num_logit_rows], cache.head_modulation)).float()
+        # The head is affine and the weights of both halves sum to 1, so guide what it reads: half the products.
+        normed = self._normed(hidden_states[: 2 * num_logit_rows], cache.head_modulation)
+        conditional, unconditional = normed.float().chunk(2)
+        return self.proj_out(unconditional.lerp(conditional, guidance_scale).to(normed.dtype)).float()
 
-    def _logits(self, hidden_states: Tensor, modulation: Tensor) -> Tensor:
-        scale, shift = modulation.unsqueeze(2).unbind(1)
-        return self.proj_out(modulated_norm(hidden_states, scale, shift, self.config.norm_eps)).float()
+    def _normed(self, hidden_states: Tensor, modulation: Tensor) -> Tensor:
+        """What the head reads, of the leading sequences that ``modulation`` (B, 2, D) is for."""
+        scale, shift = modulation[: len(hidden_states)].unsqueeze(2).unbind(1)
+        return modulated_norm(hidden_states, scale, shift, self.config.norm_eps)
 
     def forward(
         self, latents: Tensor, class_labels: Tensor, return_dict: bool = True
@@ -357,7 +370,7 @@ class VARTransformer(HFGenModel, AttentionMixin):
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, block_condition, mask)
             else:
                 hidden_states = block(hidden_states, block_condition, mask)
-        logits = self._logits(hidden_states, self.norm_out(condition))
+        logits = self.proj_out(self._normed(hidden_states, self.norm_out(condition))).float()
         if not return_dict:
             return (logits,)
         return GeneratorOutput(logits=logits)

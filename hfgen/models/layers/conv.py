@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+
+from hfgen.models.layers.large_conv import NearestUpsampleConv, conv_over, in_cpu_inference
 
 _CACHE_BYTES = 2**22
 
@@ -47,30 +50,30 @@ class ConvResnetBlock(nn.Module):
             # Attention leaves channels-last strides behind, which convs hand on and for which they would reorder
             # their weights at every call.
             hidden_states = hidden_states.contiguous(memory_format=_memory_format(self.conv1.weight))
-        branch = self.conv1(_norm_silu(self.norm1, hidden_states, overwrite=False))
-        branch = self.conv2(self.dropout(_norm_silu(self.norm2, branch, overwrite=True)))
+        branch = F.silu(self.norm1(hidden_states), inplace=True)
+        branch = conv_over(self.conv1, branch) if self.conv_shortcut is None else self.conv1(branch)
+        branch = self.dropout(_norm_silu_over(self.norm2, branch))
+        branch = conv_over(self.conv2, branch)
         if self.conv_shortcut is not None:
             hidden_states = self.conv_shortcut(hidden_states)
         return branch.add_(hidden_states)
 
 
-def _norm_silu(norm: nn.GroupNorm, hidden_states: Tensor, *, overwrite: bool) -> Tensor:
+def _norm_silu_over(norm: nn.GroupNorm, hidden_states: Tensor) -> Tensor:
     """``silu(norm(hidden_states))``; may write the result over its argument.
 
     Inference on a CPU normalises and activates one group of channels after the other where an image does not fit into
-    the cache of a core: each value then comes from memory and returns to it once instead of five times.
+    the cache of a core: each value then comes from memory and returns to it once, and no memory is asked for.
     """
-    by_group = hidden_states.device.type == "cpu" and hidden_states[0].nbytes > _CACHE_BYTES
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not by_group:
+    if not in_cpu_inference(hidden_states) or hidden_states[0].nbytes <= _CACHE_BYTES:
         return F.silu(norm(hidden_states), inplace=True)
-    result = hidden_states if overwrite else torch.empty_like(hidden_states)
     width = norm.num_channels // norm.num_groups
-    for image, written in zip(hidden_states.split(1), result.split(1)):
+    for image in hidden_states.split(1):
         for first in range(0, norm.num_channels, width):
             group = slice(first, first + width)
             normed = F.group_norm(image[:, group], 1, norm.weight[group], norm.bias[group], norm.eps)
-            written[:, group] = F.silu(normed, inplace=True)
-    return result
+            torch.ops.aten.silu.out(normed, out=image[:, group])
+    return hidden_states
 
 
 def _memory_format(weight: Tensor) -> torch.memory_format:
@@ -160,10 +163,12 @@ def _check_widths(block_out_channels: Sequence[int], norm_num_groups: int) -> No
 
 
 def _finish(stack: Encoder | Decoder, dropout: float) -> None:
-    """Put our residual blocks in place of those of diffusers, and compute the last activation in place too."""
+    """Put our blocks in place of those of diffusers, and compute the last activation in place too."""
     for parent in list(stack.modules()):
         for name, block in list(parent.named_children()):
             if isinstance(block, ResnetBlock2D):
                 groups, eps = block.norm1.num_groups, block.norm1.eps
                 setattr(parent, name, ConvResnetBlock(block.in_channels, block.out_channels, groups, dropout, eps))
+            elif isinstance(block, Upsample2D):
+                setattr(parent, name, NearestUpsampleConv(block.conv))
     stack.conv_act = nn.SiLU(inplace=True)
