@@ -2,8 +2,10 @@
 
     python benchmarks/quality.py var-shapes
     python benchmarks/quality.py titok-shapes --steps 8
+    python benchmarks/quality.py flow-shapes --steps 25 --guidance 2
 
-Reconstruction is measured on images of a split that training never reads, generation on images of every class.
+Reconstruction is measured on images of a split that training never reads, generation on images of every class, or of
+captions of that split: of one object, and of two, where an attribute of the other object is an error of binding.
 """
 
 from __future__ import annotations
@@ -21,15 +23,21 @@ from hfgen.counters import generator
 from hfgen.data.shapes import CELLS, CLASS_NAMES, SIZES, ShapesData
 from hfgen.data.sources import load_images
 from hfgen.data.transforms import to_pixels
+from hfgen.evaluation.caption_accuracy import caption_accuracy
+from hfgen.evaluation.captions import judge_captions
 from hfgen.evaluation.judge import diversity, judge_labels, judge_shapes
 from hfgen.evaluation.reconstruction import reconstruction_metrics
 from hfgen.models.quantizers.usage import codebook_usage
 
 ZOO = Path(__file__).resolve().parent.parent / "zoo"
+IMAGE_SIZE = 32  # of all pipelines of the zoo
 
-
-# The name that each pipeline has for the temperature of its draws.
-TEMPERATURE = {"var-shapes": "temperature", "titok-shapes": "token_temperature"}
+# The name that each pipeline has for the temperature of its draws, None without such draws.
+TEMPERATURE = {
+    "var-shapes": "temperature", "titok-shapes": "token_temperature", "flow-shapes": None, "meanflow-shapes": None
+}  # fmt: skip
+ONE_OBJECT = ("shape", "colour", "size", "cell", "object", "found")
+TWO_OBJECTS = ("pair_shape", "pair_colour", "pair_size", "pair_object", "pair")
 
 
 def reconstruction(pipe: DiffusionPipeline, data: ShapesData, batch_size: int) -> dict[str, float]:
@@ -77,43 +85,62 @@ def generation(
     return accuracy, diversity(reading)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=sorted(TEMPERATURE), help="pipeline of the zoo")
-    parser.add_argument("--images", type=int, default=1000, help="unseen images to reconstruct")
-    parser.add_argument("--per_class", type=int, default=50, help="images to generate of each class")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="guidance scales")
-    parser.add_argument("--temperature", type=float, default=1.0, help="divides the guided logits of the draws")
-    parser.add_argument("--choice_temperature", type=float, help="titok-shapes: noise of the choice of what stays")
-    parser.add_argument("--steps", type=int, help="titok-shapes: sampling steps; by default those of its scheduler")
-    parser.add_argument("--batch_size", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--path", type=Path, help="measure this pipeline folder instead of the bundled one")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    arguments = parser.parse_args()
+def text_generation(
+    pipe: DiffusionPipeline, guidance_scale: float, settings: dict, count: int, batch_size: int, seed: int
+) -> dict[str, float]:
+    """The judge's shares of :func:`judge_captions` for ``count`` captions of one object and as many of two."""
+    captions = unseen("shapes:single", count, "caption") + unseen("shapes:double", count, "caption")
+    images = []
+    for part in tqdm(torch.arange(len(captions)).split(batch_size), desc=f"guidance {guidance_scale:g}"):
+        images.append(
+            pipe(
+                [captions[index] for index in part.tolist()],
+                guidance_scale=guidance_scale,
+                **settings,
+                generator=[generator(seed, index) for index in part.tolist()],
+                output_type="pt",
+            ).images
+        )
+    return judge_captions(torch.cat(images) * 2 - 1, captions)
 
-    pipe = AutoPipeline.from_pretrained(arguments.path or ZOO / arguments.name)
-    pipe.set_progress_bar_config(disable=True)
-    data = load_images("shapes", resolution=pipe.vq_model.image_size, split="test", limit=arguments.images)
-    settings = {TEMPERATURE[arguments.name]: arguments.temperature}
-    if arguments.name == "var-shapes":
-        settings |= {"top_k": 0, "top_p": 1.0}
-    more = {"choice_temperature": arguments.choice_temperature, "num_inference_steps": arguments.steps}
-    settings |= {name: value for name, value in more.items() if value is not None}
-    results: dict = {"reconstruction": reconstruction(pipe, data, arguments.batch_size), "generation": {}}
-    print(f"Reconstruction of {len(data)} unseen images:")
-    for name, value in results["reconstruction"].items():
-        print(f"  {name:24s} {value:.4f}")
-    made = f"{arguments.per_class} images of each of {len(CLASS_NAMES)} classes"
-    print(f"Generation, {made}, temperature {arguments.temperature:g}, judge accuracy:")
-    print("| guidance | class | worst class | shape | colour | object found |")
-    print("|---|---|---|---|---|---|")
-    spread = {}
+
+def captioning(pipe: DiffusionPipeline, count: int, batch_size: int) -> dict[str, float]:
+    """The shares of :func:`caption_accuracy` of captions written for unseen images, the likeliest tokens."""
+    written, captions = [], []
+    for source in ("shapes:single", "shapes:double"):
+        pixels = to_pixels(torch.stack(unseen(source, count, "pixels")))
+        captions += unseen(source, count, "caption")
+        for part in tqdm(pixels.split(batch_size), desc="caption"):
+            written += pipe.caption(part).texts
+    return caption_accuracy(written, captions)
+
+
+def unseen(source: str, count: int, column: str) -> list:
+    """One column of the first rows of the split that training never reads."""
+    data = load_images(source, resolution=IMAGE_SIZE, split="test", limit=count)
+    return [data[(0, index)][column] for index in range(count)]
+
+
+def print_table(header: tuple[str, ...], rows: dict[str, list[float]]) -> None:
+    """Shares in per cent, a row for each guidance scale."""
+    print("| guidance | " + " | ".join(header) + " |")
+    print("|---" * (len(header) + 1) + "|")
+    for scale, row in rows.items():
+        print(f"| {scale} | " + " | ".join(f"{value:.1%}" for value in row) + " |")
+
+
+def measure_classes(pipe: DiffusionPipeline, arguments: argparse.Namespace, settings: dict) -> dict:
+    """Measure and print what a class-conditional pipeline reaches."""
+    results, rows, spread = {}, {}, {}
     for scale in arguments.guidance:
         accuracy, spread = generation(pipe, scale, settings, arguments.per_class, arguments.batch_size, arguments.seed)
-        results["generation"][f"{scale:g}"] = accuracy | spread
-        cells = [accuracy[name] for name in ("label", "worst_class", "shape", "colour", "found")]
-        print(f"| {scale:g} | " + " | ".join(f"{value:.1%}" for value in cells) + " |")
+        results[f"{scale:g}"] = accuracy | spread
+        rows[f"{scale:g}"] = [accuracy[name] for name in ("label", "worst_class", "shape", "colour", "found")]
+    made = f"{arguments.per_class} images of each of {len(CLASS_NAMES)} classes"
+    if TEMPERATURE[arguments.name] is not None:
+        made += f", temperature {arguments.temperature:g}"
+    print(f"Generation, {made}, judge accuracy:")
+    print_table(("class", "worst class", "shape", "colour", "object found"), rows)
     print(f"Spread at guidance {arguments.guidance[-1]:g} (even: {1 / len(SIZES):.1%} and {1 / len(CELLS):.1%}):")
     for name, shares in (("size", spread["sizes"]), ("cell", spread["cells"])):
         print(f"  {name}: " + ", ".join(f"{key} {share:.1%}" for key, share in shares.items()))
@@ -121,6 +148,65 @@ def main() -> None:
         f"  normalised entropy: size {spread['size_entropy']:.3f}, cell {spread['cell_entropy']:.3f}, "
         f"class {spread['label_entropy']:.3f}"
     )
+    return {"generation": results}
+
+
+def measure_captions(pipe: DiffusionPipeline, arguments: argparse.Namespace, settings: dict) -> dict:
+    """Measure and print what a pipeline with prompts reaches."""
+    results: dict = {"generation": {}}
+    for scale in arguments.guidance:
+        results["generation"][f"{scale:g}"] = text_generation(
+            pipe, scale, settings, arguments.captions, arguments.batch_size, arguments.seed
+        )
+    for title, names in (("one object", ONE_OBJECT), ("two objects", TWO_OBJECTS)):
+        print(f"Generation from {arguments.captions} unseen captions of {title}, judge accuracy:")
+        header = tuple({"cell": "position", "object": "all of these"}.get(name, name) for name in names)
+        header = tuple(name.removeprefix("pair_") if name != "pair" else "both objects" for name in header)
+        rows = {scale: [row[name] for name in names] for scale, row in results["generation"].items()}
+        print_table(header, rows)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=sorted(TEMPERATURE), help="pipeline of the zoo")
+    parser.add_argument("--images", type=int, default=1000, help="unseen images to reconstruct")
+    parser.add_argument("--per_class", type=int, default=50, help="images to generate of each class")
+    parser.add_argument(
+        "--captions", type=int, default=500, help="captions of one and of two objects to generate from"
+    )
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="guidance scales")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of tokens: divides the guided logits of draws")
+    parser.add_argument("--choice_temperature", type=float, help="titok-shapes: noise of the choice of what stays")
+    parser.add_argument("--steps", type=int, help="sampling steps; by default those of the pipeline")
+    parser.add_argument("--batch_size", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--path", type=Path, help="measure this pipeline folder instead of the bundled one")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    arguments = parser.parse_args()
+
+    pipe = AutoPipeline.from_pretrained(arguments.path or ZOO / arguments.name, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    more = {"choice_temperature": arguments.choice_temperature, "num_inference_steps": arguments.steps}
+    if TEMPERATURE[arguments.name] is not None:
+        more[TEMPERATURE[arguments.name]] = arguments.temperature
+    settings = {name: value for name, value in more.items() if value is not None}
+    if arguments.name == "var-shapes":
+        settings |= {"top_k": 0, "top_p": 1.0}
+    results: dict = {}
+    if "vq_model" in pipe.components:
+        data = load_images("shapes", resolution=pipe.vq_model.image_size, split="test", limit=arguments.images)
+        results["reconstruction"] = reconstruction(pipe, data, arguments.batch_size)
+        print(f"Reconstruction of {len(data)} unseen images:")
+        for name, value in results["reconstruction"].items():
+            print(f"  {name:24s} {value:.4f}")
+    measure = measure_captions if "tokenizer" in pipe.components else measure_classes
+    results |= measure(pipe, arguments, settings)
+    if hasattr(pipe, "caption"):
+        results["captioning"] = captioning(pipe, arguments.captions, arguments.batch_size)
+        print(f"Captions of {arguments.captions} unseen images of one object and as many of two, attributes right:")
+        for name, value in results["captioning"].items():
+            print(f"  {name:24s} {value:.1%}")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
