@@ -10,10 +10,8 @@ continues when the same command is given again, with any number of processes. --
 
 import logging
 
-from diffusers import AutoencoderKL
-
-from hfgen import AutoModel
 from hfgen.training import CacheConfig, build_cache, parse_config
+from hfgen.training.token_encoding import load_image_tokenizer
 
 Config = CacheConfig
 
@@ -21,10 +19,8 @@ Config = CacheConfig
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     config = parse_config(Config, description=__doc__)
-    class_name = AutoencoderKL.load_config(config.tokenizer, subfolder=config.subfolder).get("_class_name")
-    model_class = AutoencoderKL if class_name == "AutoencoderKL" else AutoModel
-    tokenizer = model_class.from_pretrained(config.tokenizer, subfolder=config.subfolder)
-    if hasattr(tokenizer, "codebook_size"):
+    tokenizer = load_image_tokenizer(config.tokenizer, config.subfolder)
+    if getattr(tokenizer, "codebook_size", None) is not None:
         raise ValueError(f"{config.tokenizer} has a codebook: use cache_tokens.py for its codes.")
     build_cache(config, tokenizer)
 

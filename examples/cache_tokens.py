@@ -19,7 +19,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     config = parse_config(Config, description=__doc__)
     tokenizer = AutoModel.from_pretrained(config.tokenizer, subfolder=config.subfolder)
-    if not hasattr(tokenizer, "codebook_size"):
+    if getattr(tokenizer, "codebook_size", None) is None:
         raise ValueError(f"{config.tokenizer} has no codebook: use cache_latents.py for a continuous tokenizer.")
     build_cache(config, tokenizer)
 

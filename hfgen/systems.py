@@ -174,7 +174,7 @@ SYSTEMS: tuple[System, ...] = (
         paper="Auto-Encoding Variational Bayes",
         code=None, weights_licence=None,
         examples=("examples/train_autoencoder_kl.py",),
-        notes="diffusers.AutoencoderKL is accepted wherever a continuous tokenizer is.",
+        notes="The tokenizer is diffusers.AutoencoderKL, which the script trains; no generator of its own yet.",
     ),
     System(
         key="dalle", title="DALL-E", published="ICML 2021", arxiv="2102.12092",

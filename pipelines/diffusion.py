@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -16,6 +15,13 @@ from torch import Tensor
 
 from hfgen.models.generators.dit import DiT
 from hfgen.models.modeling import PortablePipelineMixin
+from hfgen.pipelines.class_labels import (
+    ClassLabels,
+    ClassNamesMixin,
+    label_rows,
+    ordered_class_names,
+    saved_class_names,
+)
 from hfgen.pipelines.diffusion_networks import (
     check_components,
     check_scheduler,
@@ -24,14 +30,7 @@ from hfgen.pipelines.diffusion_networks import (
     number_of_classes,
     uses_variance,
 )
-from hfgen.pipelines.inputs import (
-    ClassLabels,
-    check_callback_inputs,
-    check_common,
-    check_generators,
-    label_rows,
-    ordered_class_names,
-)
+from hfgen.pipelines.inputs import callback_inputs, check_callback_inputs, check_common, check_generators
 from hfgen.pipelines.latents import (
     LatentDecoder,
     check_output_type,
@@ -48,7 +47,7 @@ from hfgen.schedulers.respaced_ddpm import RespacedDDPMScheduler
 _DEFAULT_STEPS = 50
 
 
-class ImageDiffusionPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
+class ImageDiffusionPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, DiffusionPipeline):
     """Image generation by diffusion.
 
     Schedulers can be swapped as in diffusers: ``pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)``. A
@@ -93,10 +92,10 @@ class ImageDiffusionPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipel
         prediction_type = prediction_type or scheduler.config.get("prediction_type")
         check_scheduler(scheduler, transformer, prediction_type)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        # No list: loading from the Hub takes every list in model_index.json for a component.
-        names = None if class_names is None else {str(label): name for label, name in enumerate(class_names)}
         self.register_to_config(
-            class_names=names, guidance_channels=guidance_channels, prediction_type=prediction_type
+            class_names=saved_class_names(class_names),
+            guidance_channels=guidance_channels,
+            prediction_type=prediction_type,
         )
         self.image_processor = VaeImageProcessor()
 
@@ -187,12 +186,6 @@ class ImageDiffusionPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipel
         """Latents (B, C, h, w) -> pixels (B, 3, H, W) in [-1, 1], also for those of a callback."""
         return decode_latents(self.vae, latents)
 
-    @property
-    def class_names(self) -> list[str] | None:
-        """The name of each class in order, None if the pipeline has none."""
-        names = self.config.class_names
-        return None if names is None else list(names.values())
-
     @torch.no_grad()
     def __call__(
         self,
@@ -240,8 +233,7 @@ class ImageDiffusionPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipel
         Raises:
             ValueError: arguments that cannot be sampled with.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        callback_on_step_end_tensor_inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             class_labels,
             num_images_per_prompt,

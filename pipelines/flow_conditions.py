@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hfgen.pipelines.class_labels import ClassLabels, class_ids
 from hfgen.pipelines.flow_networks import Condition, FlowNetwork, LabelFlowNetwork, PromptFlowNetwork
-from hfgen.pipelines.inputs import ClassLabels, class_ids
 from hfgen.pipelines.latents import guide_channels
 from hfgen.pipelines.text_conditioning import TextEncoder, encode_prompts
 

@@ -1,78 +1,17 @@
-"""Arguments of image pipelines in the form that they work with: class labels, images and masks to edit."""
+"""Arguments of image pipelines in the form that they work with: images, masks, and what all check alike."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
-ClassLabels = int | str | Sequence[int | str] | Tensor
 Images = PIL.Image.Image | Sequence[PIL.Image.Image] | Tensor
-
-
-def class_ids(
-    class_labels: ClassLabels, names: Sequence[str] | None, num_classes: int, *, unconditional: bool
-) -> list[int]:
-    """Class labels, given by index or name, as a list of indices.
-
-    Args:
-        class_labels: one or several.
-        names: name of each class, None if there are none.
-        num_classes: how many there are.
-        unconditional: whether ``num_classes`` itself stands for no class.
-
-    Raises:
-        ValueError: an unknown name, an index that is no class, or no labels at all.
-    """
-    if isinstance(class_labels, Tensor):
-        class_labels = class_labels.flatten().tolist()
-    elif isinstance(class_labels, (int, str)):
-        class_labels = [class_labels]
-    names = list(names or ())
-    ids = []
-    for label in class_labels:
-        if isinstance(label, str):
-            if label not in names:
-                known = ", ".join(names) if names else "none, this pipeline stores no class names"
-                raise ValueError(f"Unknown class name {label!r}; known are: {known}.")
-            label = names.index(label)
-        if not 0 <= label < num_classes + unconditional:
-            more = f", and {num_classes} (or None) is unconditional" if unconditional else ""
-            raise ValueError(
-                f"Class label {label} is out of range; the transformer has the classes 0 to {num_classes - 1}{more}."
-            )
-        ids.append(label)
-    if not ids:
-        raise ValueError("class_labels is empty; give at least one label.")
-    return ids
-
-
-def label_rows(
-    class_labels: ClassLabels | None,
-    names: Sequence[str] | None,
-    num_classes: int,
-    num_images_per_prompt: int,
-    device: torch.device | str,
-) -> Tensor:
-    """Labels as (B,) int64, each repeated ``num_images_per_prompt`` times; None is ``num_classes``, no class.
-
-    Raises:
-        ValueError: as :func:`class_ids`.
-    """
-    labels = num_classes if class_labels is None else class_labels
-    ids = class_ids(labels, names, num_classes, unconditional=True)
-    return torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)
-
-
-def ordered_class_names(class_names: Sequence[str] | Mapping[str, str] | None) -> list[str] | None:
-    """Class names in order, of a list or of the map from labels to names that a pipeline saves."""
-    if isinstance(class_names, Mapping):
-        return [class_names[str(label)] for label in range(len(class_names))]
-    return None if class_names is None else list(class_names)
 
 
 def to_pixels(image: Images) -> Tensor:
@@ -111,10 +50,15 @@ def to_mask(mask_image: PIL.Image.Image | Tensor) -> Tensor:
     return mask
 
 
+def check_count(name: str, count: int, least: int) -> None:
+    """Raise a ``ValueError`` for a number below the least."""
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, got {count}.")
+
+
 def check_common(num_images_per_prompt: int, guidance_scale: float | None, *, published: str = "") -> None:
     """Raise a ``ValueError`` for numbers out of range, which says how the scale was ``published`` elsewhere."""
-    if num_images_per_prompt < 1:
-        raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}.")
+    check_count("num_images_per_prompt", num_images_per_prompt, 1)
     if guidance_scale is not None and not (math.isfinite(guidance_scale) and guidance_scale >= 0):
         hint = f" {published}" if published else ""
         raise ValueError(
@@ -128,6 +72,11 @@ def check_generators(generator: torch.Generator | Sequence[torch.Generator] | No
         raise ValueError(
             f"Got {len(generator)} generators for {batch_size} images; give one generator, or one per image."
         )
+
+
+def callback_inputs(callback: Callable | None, names: Sequence[str]) -> Sequence[str]:
+    """The tensors that a callback gets: those that one of diffusers' classes asks for itself, else ``names``."""
+    return callback.tensor_inputs if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)) else names
 
 
 def check_callback_inputs(names: Sequence[str], known: Sequence[str]) -> None:

@@ -8,22 +8,26 @@ from typing import Any, Protocol, runtime_checkable
 
 import PIL.Image
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from hfgen.models.generators.masked import MaskedTokenTransformer
 from hfgen.models.modeling import PortablePipelineMixin
+from hfgen.pipelines.class_labels import (
+    ClassLabels,
+    ClassNamesMixin,
+    class_ids,
+    ordered_class_names,
+    saved_class_names,
+)
 from hfgen.pipelines.editing import blend_edit, check_edit, painted_tokens
 from hfgen.pipelines.inputs import (
-    ClassLabels,
     Images,
+    callback_inputs,
     check_callback_inputs,
     check_common,
     check_generators,
-    class_ids,
-    ordered_class_names,
     to_mask,
     to_pixels,
 )
@@ -46,7 +50,7 @@ class DiscreteTokenizer(Protocol):
     def decode_codes(self, codes: Tensor) -> Any: ...
 
 
-class MaskGITPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
+class MaskGITPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, DiffusionPipeline):
     """Class-conditional image generation by masked-token prediction.
 
     Args:
@@ -78,9 +82,7 @@ class MaskGITPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         if not isinstance(scheduler, MaskedTokenScheduler):
             raise ValueError(f"scheduler is a {type(scheduler).__name__}, expected a MaskedTokenScheduler.")
         self.register_modules(vq_model=vq_model, transformer=transformer, scheduler=scheduler)
-        # No list: loading from the Hub takes every list in model_index.json for a component.
-        names = None if class_names is None else {str(label): name for label, name in enumerate(class_names)}
-        self.register_to_config(class_names=names)
+        self.register_to_config(class_names=saved_class_names(class_names))
         self.image_processor = VaeImageProcessor()
 
     @classmethod
@@ -188,12 +190,6 @@ class MaskGITPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         return self.vq_model.decode_codes(codes).sample.clamp(-1, 1)
 
     @property
-    def class_names(self) -> list[str] | None:
-        """The name of each class in order, None if the pipeline has none."""
-        names = self.config.class_names
-        return None if names is None else list(names.values())
-
-    @property
     def grid_size(self) -> tuple[int, int] | None:
         """Rows and columns of the tokens, None if the tokenizer does not put them on a grid."""
         factor = getattr(self.vq_model, "downsample_factor", None)
@@ -258,8 +254,7 @@ class MaskGITPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         Returns:
             ``images`` and ``nfe``, the number of steps.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        callback_on_step_end_tensor_inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             class_labels,
             num_images_per_prompt,

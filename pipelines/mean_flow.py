@@ -6,21 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from hfgen.models.generators.dit import DiT
 from hfgen.models.modeling import PortablePipelineMixin
-from hfgen.pipelines.inputs import (
+from hfgen.pipelines.class_labels import (
     ClassLabels,
-    check_callback_inputs,
-    check_common,
-    check_generators,
+    ClassNamesMixin,
     label_rows,
     ordered_class_names,
+    saved_class_names,
 )
+from hfgen.pipelines.inputs import callback_inputs, check_callback_inputs, check_common, check_generators
 from hfgen.pipelines.latents import (
     LatentDecoder,
     check_channels,
@@ -34,7 +33,7 @@ from hfgen.publishing import PublishMixin
 from hfgen.sampling.guidance import guide
 
 
-class MeanFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
+class MeanFlowPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, DiffusionPipeline):
     """Class-conditional image generation with average velocities.
 
     From time t to r a step is ``z_r = z_t - (t - r) u(z_t, r, t)``, equation 12; a single one goes from noise to data.
@@ -71,9 +70,7 @@ class MeanFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"Got {len(class_names)} class_names for {num_classes} classes; give one each.")
         self.register_modules(transformer=transformer, vae=vae)
-        # No list: loading from the Hub takes every list in model_index.json for a component.
-        names = None if class_names is None else {str(label): name for label, name in enumerate(class_names)}
-        self.register_to_config(class_names=names)
+        self.register_to_config(class_names=saved_class_names(class_names))
         self.image_processor = VaeImageProcessor()
 
     @classmethod
@@ -81,12 +78,6 @@ class MeanFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         """As in diffusers, which would only take over models of exactly the classes that the constructor names."""
         models = {name: model for name, model in pipeline.components.items() if name in ("transformer", "vae")}
         return super().from_pipe(pipeline, **{**models, **kwargs})
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """The name of each class in order, None if the pipeline has none."""
-        names = self.config.class_names
-        return None if names is None else list(names.values())
 
     def check_inputs(
         self,
@@ -196,8 +187,7 @@ class MeanFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         Returns:
             ``images`` and ``nfe``, the number of steps.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        callback_on_step_end_tensor_inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             class_labels,
             num_images_per_prompt,

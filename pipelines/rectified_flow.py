@@ -8,7 +8,6 @@ from typing import Any
 
 import PIL.Image
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hfgen.models.generators.dit import DiT
 from hfgen.models.generators.ncsnpp import NCSNpp
 from hfgen.models.modeling import PortablePipelineMixin
+from hfgen.pipelines.class_labels import ClassLabels, ClassNamesMixin, ordered_class_names, saved_class_names
 from hfgen.pipelines.flow_conditions import ConditionArguments, FlowConditions, prepare_conditions
 from hfgen.pipelines.flow_latents import check_noise, flow_latent_shape, image_to_latents, mask_to_latents
 from hfgen.pipelines.flow_networks import TIME_UNITS, FlowNetwork, PromptFlowNetwork, flow_network
@@ -30,7 +30,7 @@ from hfgen.pipelines.flow_steps import (
     guidance_scales,
     set_network_timesteps,
 )
-from hfgen.pipelines.inputs import ClassLabels, Images, check_callback_inputs, ordered_class_names, to_pixels
+from hfgen.pipelines.inputs import Images, callback_inputs, check_callback_inputs, to_pixels
 from hfgen.pipelines.latents import check_channels, check_guidance_channels, decode_latents, initial_noise
 from hfgen.pipelines.outputs import ImageGenerationOutput
 from hfgen.pipelines.text_conditioning import TextEncoder, check_encoders
@@ -38,7 +38,7 @@ from hfgen.publishing import PublishMixin
 from hfgen.sampling.ode import passes_per_step, solve_ode
 
 
-class RectifiedFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
+class RectifiedFlowPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, DiffusionPipeline):
     """Images from noise along the velocity of a flow, for a class, a prompt, or neither.
 
     Args:
@@ -110,9 +110,7 @@ class RectifiedFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeli
         num_classes = network.config.get("num_classes", 0)
         if names is not None and len(names) != num_classes:
             raise ValueError(f"Got {len(names)} class_names for {num_classes} classes; give one each.")
-        # No list: loading from the Hub takes every list in model_index.json for a component.
-        names = None if names is None else {str(label): name for label, name in enumerate(names)}
-        self.register_to_config(class_names=names, guidance_channels=guidance_channels)
+        self.register_to_config(class_names=saved_class_names(names), guidance_channels=guidance_channels)
         self.image_processor = VaeImageProcessor()
 
     @classmethod
@@ -136,12 +134,6 @@ class RectifiedFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeli
             (self.text_encoder_3, self.tokenizer_3),
         )
         return [(encoder, tokenizer) for encoder, tokenizer in pairs if encoder is not None]
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """The name of each class in order, None if the pipeline has none."""
-        names = self.config.class_names
-        return None if names is None else list(names.values())
 
     def check_inputs(
         self,
@@ -240,8 +232,7 @@ class RectifiedFlowPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeli
         Returns:
             ``images`` and ``nfe``, the number of passes: Heun makes two per step, and one in the last.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        callback_on_step_end_tensor_inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         num_inference_steps = num_inference_steps if sigmas is None else len(sigmas)
         self.check_inputs(
             num_images_per_prompt,

@@ -7,7 +7,6 @@ from typing import Any
 
 import PIL.Image
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -18,14 +17,14 @@ from transformers import PreTrainedTokenizerBase
 from hfgen.models.generators.transfusion import TransfusionTransformer
 from hfgen.models.modeling import PortablePipelineMixin
 from hfgen.models.quantizers.noisy_latents import NoisyLatentQuantizer
+from hfgen.pipelines.class_labels import ClassLabels, ClassNamesMixin, ordered_class_names, saved_class_names
 from hfgen.pipelines.inputs import (
-    ClassLabels,
     Images,
+    callback_inputs,
     check_callback_inputs,
     check_common,
+    check_count,
     check_generators,
-    class_ids,
-    ordered_class_names,
     to_pixels,
 )
 from hfgen.pipelines.latents import check_output_type
@@ -40,17 +39,17 @@ from hfgen.pipelines.transfusion_painting import (
     check_draws,
     check_settings,
 )
+from hfgen.pipelines.transfusion_prompts import Texts, negative_rows, prompt_texts
 from hfgen.pipelines.transfusion_schedule import check_scheduler, default_scheduler
 from hfgen.pipelines.transfusion_sequence import MixedSequence, begin_sequence, check_length
 from hfgen.pipelines.transfusion_text import TransfusionVocabulary
 from hfgen.pipelines.transfusion_writing import TextSettings, write_mixed, write_texts
 from hfgen.publishing import PublishMixin
 
-Texts = str | Sequence[str]
 Part = str | PIL.Image.Image | Tensor
 
 
-class TransfusionPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
+class TransfusionPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, DiffusionPipeline):
     """Text to image, image to text, and texts and images in any order.
 
     - ``pipe("a small red circle").images``: images for prompts, classes, or nothing
@@ -97,9 +96,7 @@ class TransfusionPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline
             transformer=transformer, tokenizer=tokenizer, scheduler=scheduler, vae=vae, quantizer=quantizer
         )
         names = ordered_class_names(class_names)
-        # No list: loading from the Hub takes every list in model_index.json for a component.
-        names = None if names is None else {str(label): name for label, name in enumerate(names)}
-        self.register_to_config(class_names=names, image_size=image_size)
+        self.register_to_config(class_names=saved_class_names(names), image_size=image_size)
         self.image_processor = VaeImageProcessor()
 
     @classmethod
@@ -108,12 +105,6 @@ class TransfusionPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline
         names = ("transformer", "vae", "quantizer", "tokenizer")
         parts = {name: part for name, part in pipeline.components.items() if name in names}
         return super().from_pipe(pipeline, **{**parts, **kwargs})
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """The prompt of each class in order, None if the pipeline has none."""
-        names = self.config.class_names
-        return None if names is None else list(names.values())
 
     @property
     def vocabulary(self) -> TransfusionVocabulary:
@@ -154,14 +145,8 @@ class TransfusionPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline
         Raises:
             ValueError: both kinds of condition, an unknown class, or a text that cannot be encoded.
         """
-        if prompt is not None and class_labels is not None:
-            raise ValueError("Got prompt and class_labels; give one of them.")
-        if class_labels is not None:
-            names = self.class_names or []
-            ids = class_ids(class_labels, names, len(names), unconditional=True)
-            prompt = [[*names, ""][label] for label in ids]
-        rows = self.vocabulary.prompt_rows("" if prompt is None else prompt)
-        return [row for row in rows for _ in range(num_images_per_prompt)]
+        texts = prompt_texts(prompt, class_labels, self.class_names or [])
+        return [row for row in self.vocabulary.prompt_rows(texts) for _ in range(num_images_per_prompt)]
 
     def decode_latents(self, latents: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         """Latents (B, C, h, w) or codes (B, n) -> pixels (B, 3, H, W) in [-1, 1], also ``denoised`` of a callback.
@@ -225,12 +210,12 @@ class TransfusionPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline
         Raises:
             ValueError: arguments that cannot be sampled with.
         """
-        names = self._callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        names = self._callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         settings = PaintingSettings(height, width, num_inference_steps, guidance_scale, temperature, top_k, top_p)
         self.check_inputs(num_images_per_prompt, settings, output_type, names)
         rows = self.encode_prompts(prompt, class_labels, num_images_per_prompt)
         check_generators(generator, len(rows))
-        null_rows = self._negative_rows(negative_prompt, rows, num_images_per_prompt)
+        null_rows = negative_rows(self.encode_prompts(negative_prompt, None, 1), rows, num_images_per_prompt)
         painter = self._painter(settings, generator)
         check_length(self.transformer, max(map(len, rows + null_rows)) + painter.num_tokens)
         painter.check_noise(latents, len(rows))
@@ -276,7 +261,7 @@ class TransfusionPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline
             ValueError: arguments that cannot be sampled with.
         """
         check_draws(temperature, top_k, top_p)
-        _check_count("max_new_tokens", max_new_tokens, 1)
+        check_count("max_new_tokens", max_new_tokens, 1)
         pixels = to_pixels(image)
         check_generators(generator, len(pixels))
         sequence = self._begin([pixels, prompt], max_new_tokens)
@@ -331,11 +316,11 @@ class TransfusionPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline
         Raises:
             ValueError: arguments that cannot be sampled with, or a sequence longer than the transformer's context.
         """
-        names = self._callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        names = self._callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         settings = PaintingSettings(height, width, num_inference_steps, guidance_scale, temperature, top_k, top_p)
         self.check_inputs(1, settings, output_type, names)
-        _check_count("max_new_tokens", max_new_tokens, 0)
-        _check_count("max_images", max_images, 1 if begin_with_image else 0)
+        check_count("max_new_tokens", max_new_tokens, 0)
+        check_count("max_images", max_images, 1 if begin_with_image else 0)
         config = self.transformer.config
         painter = self._painter(settings, generator)
         parts = [parts] if isinstance(parts, (str, PIL.Image.Image, Tensor)) else parts
@@ -382,18 +367,6 @@ class TransfusionPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline
     ) -> Painter:
         return Painter(self.transformer, self.image_form, self.scheduler, settings, generator, self._execution_device)
 
-    def _negative_rows(
-        self, negative_prompt: Texts | None, rows: list[list[int]], num_images_per_prompt: int
-    ) -> list[list[int]]:
-        """As :meth:`encode_prompts`, for as many images as ``rows``."""
-        null_rows = self.encode_prompts(negative_prompt, None, num_images_per_prompt)
-        if len(null_rows) not in (num_images_per_prompt, len(rows)):
-            raise ValueError(
-                f"Got {len(null_rows) // num_images_per_prompt} negative prompts for "
-                f"{len(rows) // num_images_per_prompt} prompts; give one, or one each."
-            )
-        return null_rows * (len(rows) // len(null_rows))
-
     def _output_image(self, latents: Tensor, settings: PaintingSettings, output_type: str) -> Any:
         """One image as ``output_type`` asks."""
         if output_type == "latent":
@@ -401,10 +374,8 @@ class TransfusionPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline
         pixels = self.decode_latents(latents, settings.height, settings.width).float()
         return self.image_processor.postprocess(pixels, output_type=output_type)[0]
 
-    def _callback_names(self, callback: Any, names: Sequence[str] | None) -> Sequence[str]:
-        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-            return callback.tensor_inputs
-        return self._callback_tensor_inputs[:1] if names is None else names
+    def _callback_inputs(self, callback: Callable | None, names: Sequence[str] | None) -> Sequence[str]:
+        return callback_inputs(callback, self._callback_tensor_inputs[:1] if names is None else names)
 
     def _step_callback(self, callback: Callable | None, names: Sequence[str], progress_bar: Any) -> OnStep:
         """What is done after each step of an image."""
@@ -414,8 +385,3 @@ class TransfusionPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline
             return {} if callback is None else callback(self, i, timestep, {name: available[name] for name in names})
 
         return on_step
-
-
-def _check_count(name: str, count: int, least: int) -> None:
-    if count < least:
-        raise ValueError(f"{name} must be at least {least}, got {count}.")

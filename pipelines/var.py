@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
@@ -18,14 +17,19 @@ from hfgen.models.generators.var import VARTransformer
 from hfgen.models.modeling import PortablePipelineMixin
 from hfgen.models.quantizers.multiscale import MultiScaleResidualQuantizer
 from hfgen.models.tokenizers.multiscale_vqvae import MultiScaleVQVAE
-from hfgen.pipelines.inputs import (
+from hfgen.pipelines.class_labels import (
     ClassLabels,
+    ClassNamesMixin,
+    label_rows,
+    ordered_class_names,
+    saved_class_names,
+)
+from hfgen.pipelines.inputs import (
     Images,
+    callback_inputs,
     check_callback_inputs,
     check_common,
     check_generators,
-    label_rows,
-    ordered_class_names,
     to_mask,
     to_pixels,
 )
@@ -36,7 +40,7 @@ from hfgen.sampling.logits import exponential_draws, filter_logits, sample_codes
 from hfgen.sampling.next_scale import keep_mask_at_scale, smooth_probabilities
 
 
-class VARPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
+class VARPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, DiffusionPipeline):
     """Class-conditional image generation by next-scale prediction.
 
     Args:
@@ -61,9 +65,7 @@ class VARPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         class_names = ordered_class_names(class_names)
         _check_components(vq_model, transformer, class_names)
         self.register_modules(vq_model=vq_model, transformer=transformer)
-        # No list: loading from the Hub takes every list in model_index.json for a component.
-        names = None if class_names is None else {str(label): name for label, name in enumerate(class_names)}
-        self.register_to_config(class_names=names)
+        self.register_to_config(class_names=saved_class_names(class_names))
         self.image_processor = VaeImageProcessor(vae_scale_factor=vq_model.downsample_factor)
 
     def check_inputs(
@@ -140,12 +142,6 @@ class VARPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         return self.vq_model.decode(f_hat).sample.clamp(-1, 1)
 
     @property
-    def class_names(self) -> list[str] | None:
-        """The name of each class in order, None if the pipeline has none."""
-        names = self.config.class_names
-        return None if names is None else list(names.values())
-
-    @property
     def num_timesteps(self) -> int:
         """Scales, that is steps, of a call."""
         return len(self.transformer.patch_nums)
@@ -200,8 +196,7 @@ class VARPipeline(PublishMixin, PortablePipelineMixin, DiffusionPipeline):
         """
         num_codes = self.transformer.config.num_codes
         top_k = min(top_k, num_codes)
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        callback_on_step_end_tensor_inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             class_labels,
             num_images_per_prompt,

@@ -6,29 +6,22 @@ judges images of the captioned shapes.
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
+from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
-from hfgen.data.text import make_tokenizer, read_captions, train_sentencepiece
-from hfgen.data.token_cache import TokenCache
 from hfgen.evaluation.captions import judge_captions
 from hfgen.evaluation.judge import judge_labels
 from hfgen.models.generators.dit import DiT
 from hfgen.pipelines.text_conditioning import MAX_T5_TOKENS, t5_embeddings
+from hfgen.training.captions import caption_length, caption_tokenizer, first_captions
 from hfgen.training.flow import FlowTrainingConfig
-
-logger = logging.getLogger(__name__)
-
-MAX_CAPTIONS = 100_000  # that are looked at before the training
 
 
 class FlowCondition(ABC):
@@ -204,32 +197,17 @@ def init_mmdit(transformer: SD3Transformer2DModel) -> None:
 
 
 def _tokenizer(config: FlowTrainingConfig, data: Dataset) -> PreTrainedTokenizerBase:
-    """The tokenizer that is named, or one that is learned from the captions: every process learns the same one.
+    """The tokenizer, whose ``model_max_length`` is the number of tokens to train with.
 
-    Its ``model_max_length`` is the number of tokens to train with. The pipeline, which it is saved with, uses it too.
+    The pipeline, which it is saved with, uses it too.
     """
-    captions, source = list(islice(_captions(data), MAX_CAPTIONS)), config.text_tokenizer or config.text_encoder
-    if source is None:
-        model = train_sentencepiece(captions, vocab_size=config.vocab_size, model_type="bpe")
-        tokenizer = make_tokenizer(model, model_type="bpe", max_length=MAX_T5_TOKENS)
-        logger.info("Learned %d tokens from the captions.", len(tokenizer))
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+    captions, source = first_captions(data), config.text_tokenizer or config.text_encoder
+    tokenizer = caption_tokenizer(source, captions, vocab_size=config.vocab_size, max_length=MAX_T5_TOKENS)
     if tokenizer.pad_token is None:
         raise ValueError(f"The tokenizer {source} has no padding token, which captions of one length need.")
     longest = max(map(len, tokenizer(captions, verbose=False)["input_ids"]))
-    tokenizer.model_max_length = config.text_tokens or min(longest, MAX_T5_TOKENS)
-    if longest > tokenizer.model_max_length:
-        logger.warning(
-            "Captions have up to %d tokens and are cut to %d, see --text_tokens.", longest, tokenizer.model_max_length
-        )
+    tokenizer.model_max_length = caption_length(longest, config.text_tokens, MAX_T5_TOKENS)
     return tokenizer
-
-
-def _captions(data: Dataset) -> Iterator[str]:
-    if isinstance(data, TokenCache):
-        return (data.caption(index) for index in range(len(data)))
-    return read_captions(data)
 
 
 def _small_t5(config: FlowTrainingConfig, tokenizer: PreTrainedTokenizerBase) -> T5EncoderModel:

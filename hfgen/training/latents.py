@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from hfgen import AutoModel
 from hfgen.counters import generator
 from hfgen.data.transforms import to_pixels
 from hfgen.pipelines.latents import downsample_factor
 from hfgen.training.batches import training_images
 from hfgen.training.config import TrainingConfig, flag
-from hfgen.training.token_encoding import batch_latents
+from hfgen.training.token_encoding import batch_latents, load_image_tokenizer
 from hfgen.training.tokens import training_tokens
 from hfgen.training.trainer import Trainer
 
@@ -61,9 +59,7 @@ def load_autoencoder(config: LatentTrainingConfig) -> nn.Module | None:
     """
     if config.vae is None:
         return None
-    location = {"subfolder": config.vae_subfolder}
-    class_name = AutoencoderKL.load_config(config.vae, **location).get("_class_name")
-    vae = (AutoencoderKL if class_name == "AutoencoderKL" else AutoModel).from_pretrained(config.vae, **location)
+    vae = load_image_tokenizer(config.vae, config.vae_subfolder)
     if getattr(vae, "codebook_size", None) is not None:
         raise ValueError(f"--vae {config.vae} is a {type(vae).__name__} with codes; give a continuous autoencoder.")
     downsample_factor(vae)

@@ -9,11 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
+from hfgen import AutoModel
 from hfgen.data.cache_format import TokenizerIdentity
 from hfgen.data.transforms import to_pixels
+
+
+def load_image_tokenizer(source: str, subfolder: str | None = None) -> nn.Module:
+    """A tokenizer of hfgen, or diffusers' ``AutoencoderKL``.
+
+    Args:
+        source: folder or Hub id.
+        subfolder: of the model inside of a pipeline.
+    """
+    class_name = AutoencoderKL.load_config(source, subfolder=subfolder).get("_class_name")
+    model_class = AutoencoderKL if class_name == "AutoencoderKL" else AutoModel
+    return model_class.from_pretrained(source, subfolder=subfolder)
 
 
 @torch.no_grad()

@@ -6,16 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from hfgen import AutoModel
 from hfgen.data.transforms import to_pixels
 from hfgen.models.quantizers.noisy_latents import NoisyLatentQuantizer
 from hfgen.training.latents import batch_samples, load_autoencoder, sample_shape
 from hfgen.training.noisy_latents import load_quantizer, new_quantizer
 from hfgen.training.task import Phase
-from hfgen.training.token_encoding import batch_codes, decode_tokens
+from hfgen.training.token_encoding import batch_codes, decode_tokens, load_image_tokenizer
 from hfgen.training.transfusion import TransfusionTrainingConfig
 
 
@@ -27,9 +25,7 @@ def load_image_model(config: TransfusionTrainingConfig) -> nn.Module | None:
     """
     if config.image_mode == "continuous":
         return load_autoencoder(config)
-    location = {"subfolder": config.vae_subfolder}
-    class_name = AutoencoderKL.load_config(config.vae, **location).get("_class_name")
-    return (AutoencoderKL if class_name == "AutoencoderKL" else AutoModel).from_pretrained(config.vae, **location)
+    return load_image_tokenizer(config.vae, config.vae_subfolder)
 
 
 class ContinuousImages:

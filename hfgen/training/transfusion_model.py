@@ -67,10 +67,7 @@ def init_trunk(transformer: TransfusionTransformer) -> None:
 def _from_llama(
     config: TransfusionTrainingConfig, arguments: dict[str, Any], writer: SequenceWriter
 ) -> TransfusionTransformer:
-    # These two say how the network is called and make no weights.
-    behaviour = {name: arguments.pop(name) for name in ("bidirectional_images", "fixed_timestep") if name in arguments}
     transformer = TransfusionTransformer.from_llama(config.llama, context_length=config.context_length, **arguments)
-    transformer.register_to_config(**behaviour)
     if transformer.config.boi_token_id != writer.format.boi:
         raise ValueError(
             f"--llama {config.llama} has {transformer.config.boi_token_id} ids, but its tokenizer "

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hfgen.data.sequences import Document, PackedRows, SequenceFormat, pack
-from hfgen.data.text import make_tokenizer, read_captions, train_sentencepiece
 from hfgen.data.texts import Texts, load_texts
-from hfgen.data.token_cache import TokenCache
+from hfgen.training.captions import caption_length, caption_tokenizer, first_captions
 from hfgen.training.transfusion import TransfusionTrainingConfig
 
-logger = logging.getLogger(__name__)
-
-MAX_CAPTIONS = 100_000  # that are looked at before the training
 MAX_CAPTION_TOKENS = 256
 SLOT = -1
 
@@ -46,7 +40,7 @@ class SequenceWriter:
         self.config = config
         if not data.has_captions:
             raise ValueError(f"--dataset {config.dataset} has no captions, which Transfusion learns from.")
-        captions = list(islice(_captions(data), MAX_CAPTIONS))
+        captions = first_captions(data)
         self.tokenizer = _tokenizer(config, captions)
         first = len(self.tokenizer)
         self.format = SequenceFormat(
@@ -59,11 +53,7 @@ class SequenceWriter:
             num_slots=num_slots,
         )
         longest = max(map(len, self._encode(captions)))
-        self.text_tokens = config.text_tokens or min(longest, MAX_CAPTION_TOKENS)
-        if longest > self.text_tokens:
-            logger.warning(
-                "Captions have up to %d tokens and are cut to %d, see --text_tokens.", longest, self.text_tokens
-            )
+        self.text_tokens = caption_length(longest, config.text_tokens, MAX_CAPTION_TOKENS)
         needed = self.format.overhead + self.text_tokens
         self.row_length = config.row_length or needed
         if not needed <= self.row_length:
@@ -139,20 +129,9 @@ class SequenceWriter:
         return [ids[: self.text_tokens] for ids in self._encode(captions)]
 
 
-def _captions(data: Dataset) -> Iterator[str]:
-    if isinstance(data, TokenCache):
-        return (data.caption(index) for index in range(len(data)))
-    return read_captions(data)
-
-
 def _tokenizer(config: TransfusionTrainingConfig, captions: Sequence[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer that is named, or one that is learned from the captions: every process learns the same one."""
     source = config.text_tokenizer or config.llama
-    if source is None:
-        model = train_sentencepiece(captions, vocab_size=config.vocab_size, model_type="bpe")
-        logger.info("Learned %d tokens from the captions.", config.vocab_size)
-        return make_tokenizer(model, model_type="bpe", max_length=config.context_length)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = caption_tokenizer(source, captions, vocab_size=config.vocab_size, max_length=config.context_length)
     missing = [name for name in ("bos_token", "eos_token") if getattr(tokenizer, name) is None]
     if missing:
         raise ValueError(f"The tokenizer {source} has no {' and no '.join(missing)}, which mark the ends of a text.")

@@ -90,6 +90,18 @@ def test_new_ids_start_around_the_mean(tmp_path):
     assert sorted(special.values()) == [1, 2, 40, 41, 42, 43] and model.config.bos_token_id == 1
 
 
+def test_what_images_are_can_be_chosen(tmp_path):
+    llama(tmp_path)
+    causal = TransfusionTransformer.from_llama(tmp_path, bidirectional_images=False)
+    assert not causal.config.bidirectional_images
+    assert TransfusionTransformer.from_llama(tmp_path).config.bidirectional_images
+    codes = TransfusionTransformer.from_llama(tmp_path, image_mode="discrete", codebook_size=8, fixed_timestep=30)
+    ids = torch.tensor([[1, 40, 43, 44]])
+    expected = codes(ids, timesteps=torch.tensor([30])).logits
+    assert torch.equal(codes(ids).logits, expected)
+    assert not torch.equal(codes(ids, timesteps=torch.tensor([100])).logits, expected)
+
+
 def test_checkpoints_that_do_not_fit(tmp_path):
     llama(tmp_path)
     weights, original = tmp_path / "model.safetensors", load_file(tmp_path / "model.safetensors")

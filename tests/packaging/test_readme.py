@@ -1,4 +1,4 @@
-"""What the README shows can be pasted: Python runs, commands parse, links and pictures lead somewhere."""
+"""What the documents show can be pasted: Python runs, commands parse, links and pictures lead somewhere."""
 
 import ast
 import importlib.util
@@ -12,21 +12,29 @@ from hfgen.cli import build_parser
 from hfgen.training import parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES, *sorted((ROOT / "zoo").glob("*/README.md"))]
 README = DOCUMENTS[0].read_text(encoding="utf-8")
 NETWORK = "<!-- needs the network -->\n"
 BLOCK = re.compile(rf"({NETWORK})?```(\w+)\n(.*?)```", re.DOTALL)
 BLOCKS = [(bool(network), language, code) for network, language, code in BLOCK.findall(README)]
-PYTHON = [code for _, language, code in BLOCKS if language == "python"]
 OFFLINE_PYTHON = [code for network, language, code in BLOCKS if language == "python" and not network]
-COMMANDS = [
-    shlex.split(line, comments=True) for _, language, code in BLOCKS if language == "sh" for line in code.splitlines()
-]
+ALL_BLOCKS = [block for document in DOCUMENTS for block in BLOCK.findall(document.read_text(encoding="utf-8"))]
+PYTHON = [code for _, language, code in ALL_BLOCKS if language == "python"]
+LINES = {
+    line.strip()
+    for _, language, code in ALL_BLOCKS
+    if language == "sh"
+    for line in code.replace("\\\n", " ").splitlines()
+}
+COMMANDS = sorted(shlex.split(line, comments=True) for line in LINES if line)
+LAUNCHERS = {"accelerate", "torchrun", "python"}
 
 
 def test_the_readme_has_examples():
-    assert len(PYTHON) >= 4 and len(OFFLINE_PYTHON) >= 2
+    assert len(BLOCKS) >= 8 and len(OFFLINE_PYTHON) >= 2
     assert {command[0] for command in COMMANDS} >= {"make", "hfgen", "accelerate"}
+    assert not [page.name for page in PAGES if f"(docs/{page.name})" not in README]
 
 
 @pytest.mark.parametrize("code", PYTHON)
@@ -34,7 +42,7 @@ def test_python_compiles_and_imports_what_exists(code):
     tree = ast.parse(code)
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "hfgen":
-            exec(compile(ast.Module([node], []), "README.md", "exec"), {})
+            exec(compile(ast.Module([node], []), "document", "exec"), {})
 
 
 @pytest.mark.parametrize("code", OFFLINE_PYTHON)
@@ -52,12 +60,18 @@ def test_commands_are_known(command):
         build_parser().parse_args(command[1:])
     elif command[0] == "make":
         assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    elif command[0] == "accelerate":
-        script = ROOT / command[2]
+    elif command[0] in LAUNCHERS:
+        script = next(ROOT / word for word in command if word.endswith(".py"))
+        flags = command[command.index(str(script.relative_to(ROOT))) + 1 :]
+        assert script.is_file() and all((ROOT / word).is_file() for word in command if word.endswith(".yaml"))
+        if "..." in flags or script.parent.name == "benchmarks":
+            return
         spec = importlib.util.spec_from_file_location(script.stem, script)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        parse_config(module.Config, command[3:])
+        parse_config(module.Config, flags)
+    elif command[0].startswith("."):
+        assert all((ROOT / word).exists() for word in command if "/" in word and not word.startswith(".venv"))
     else:
         assert command[0] == "hf", command
 

@@ -221,6 +221,22 @@ def test_the_script_for_latents(tmp_path, tokenizer_folder, autoencoder, monkeyp
         _module("cache_latents").main()
 
 
+def test_a_tokenizer_that_can_have_codes_and_has_none(tmp_path, monkeypatch):
+    titok = build_model("TiTok", bottleneck="kl")
+    titok.save_pretrained(tmp_path / "titok")
+    arguments = ["--resolution", "8", "--limit", "6", "--no_progress", "--output_dir", str(tmp_path / "cache")]
+    monkeypatch.setattr(sys, "argv", ["x", "--tokenizer", str(tmp_path / "titok"), *arguments])
+    with pytest.raises(ValueError, match="has no codebook: use cache_latents.py"):
+        _module("cache_tokens").main()
+    _module("cache_latents").main()
+    cache = TokenCache(tmp_path / "cache")
+    assert cache.info.tokenizer.class_name == "TiTok" and cache.info.kind == "latents"
+    images = training_images(_config(tmp_path / "other", limit=6))
+    batch = collate([images[0, index] for index in range(6)])
+    expected = titok.encode(to_pixels(batch["pixels"])).latents
+    torch.testing.assert_close(torch.tensor(cache.tokens[:, 0]).float(), expected, rtol=2e-3, atol=2e-3)
+
+
 # -------------------------------------------------------------------------------------------------------- training
 
 

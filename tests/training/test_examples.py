@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,9 +15,9 @@ from safetensors.torch import load_file
 
 from hfgen.training import parse_config
 from hfgen.training.history import History
+from support.example_runs import EXAMPLES, TINY, assert_equal_checkpoints, load_script
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("train_*.py"))
 RECIPES = (
     {"multiscale_vqvae_paper": "train_multiscale_vqvae", "maskgit_vqgan_paper": "train_maskgit_vqgan"}
@@ -37,16 +36,7 @@ OWN = {
     "train_autoencoder_kl": ["--perceptual_source", "weights"],
     "train_titok": ["--vqgan", "vqgan", "--stage1", "stage1", "--perceptual_source", "weights"],
 }
-TINY = ["--max_train_steps", "2", "--batch_size", "4", "--limit", "8", "--num_validation_images", "2", "--no_progress"]
 SMALL_TOKENIZER = ["--base_channels", "8", "--norm_num_groups", "4", "--layers_per_block", "1", "--num_codes", "16"]
-
-
-def _module(name: str):
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def _launch(script: str, *arguments: str) -> str:
@@ -104,18 +94,6 @@ def _fit(module, arguments: list[str]) -> None:
     module.main()
 
 
-def _assert_equal_checkpoints(first: Path, second: Path) -> None:
-    files = sorted(path.relative_to(first) for path in first.rglob("*.safetensors"))
-    assert files and files == sorted(path.relative_to(second) for path in second.rglob("*.safetensors"))
-    for name in files:
-        expected, actual = load_file(first / name), load_file(second / name)
-        assert expected.keys() == actual.keys()
-        for key, value in expected.items():
-            assert torch.equal(value, actual[key]), (name, key)
-    states = [torch.load(folder / "training_state.pt", weights_only=True) for folder in (first, second)]
-    torch.testing.assert_close(*[state["optimizers"] for state in states], rtol=0, atol=0)
-
-
 def test_scripts_resume_bit_exactly(tokenizer_run, tmp_path, monkeypatch):
     """With what each method adds: dropout, code restarts and a discriminator; label drop and stochastic depth."""
     monkeypatch.setattr(sys, "argv", [])
@@ -142,11 +120,11 @@ def test_scripts_resume_bit_exactly(tokenizer_run, tmp_path, monkeypatch):
             "2",
             *flags,
         ]
-        module = _module(script)
+        module = load_script(script)
         _fit(module, arguments)
         (folder / "checkpoint-4").rename(kept)
         _fit(module, [*arguments, "--resume", "latest"])
-        _assert_equal_checkpoints(kept, folder / "checkpoint-4")
+        assert_equal_checkpoints(kept, folder / "checkpoint-4")
 
 
 def test_every_recipe_belongs_to_a_script():
@@ -155,7 +133,7 @@ def test_every_recipe_belongs_to_a_script():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_parses(recipe):
-    config_class = _module(RECIPES[recipe]).Config
+    config_class = load_script(RECIPES[recipe]).Config
     required = ["--output_dir", "run", *OWN.get(RECIPES[recipe], [])]
     config = parse_config(config_class, ["--config", str(EXAMPLES / "configs" / f"{recipe}.yaml"), *required])
     assert config.dataset == "ILSVRC/imagenet-1k"
@@ -178,7 +156,7 @@ def test_var_recipe_is_the_published_one(size, peak, batch, epochs, parameters):
 
     file = EXAMPLES / "configs" / f"var_{size}.yaml"
     config = parse_config(
-        _module("train_var").Config, ["--config", str(file), "--output_dir", "run", "--tokenizer", "tokenizer"]
+        load_script("train_var").Config, ["--config", str(file), "--output_dir", "run", "--tokenizer", "tokenizer"]
     )
     processes = int(file.read_text().split("--num_processes ")[1].split()[0])
     assert config.learning_rate == pytest.approx(peak)
@@ -200,19 +178,19 @@ def test_var_recipe_is_the_published_one(size, peak, batch, epochs, parameters):
 def test_script_is_short_and_its_help_works(script, capsys):
     assert len(script.read_text().splitlines()) <= 150
     with pytest.raises(SystemExit) as caught:
-        parse_config(_module(script.stem).Config, ["--help"])
+        parse_config(load_script(script.stem).Config, ["--help"])
     assert caught.value.code == 0
     assert "--output_dir" in capsys.readouterr().out
 
 
 def test_var_without_a_tokenizer_is_an_error(capsys):
     with pytest.raises(SystemExit):
-        parse_config(_module("train_var").Config, ["--output_dir", "run"])
+        parse_config(load_script("train_var").Config, ["--output_dir", "run"])
     assert "Missing --tokenizer" in capsys.readouterr().err
 
 
 def test_perceptual_loss_without_weights_is_an_error(tmp_path):
-    module = _module("train_multiscale_vqvae")
+    module = load_script("train_multiscale_vqvae")
     config = parse_config(module.Config, ["--output_dir", str(tmp_path), "--perceptual_weight", "1", *SMALL_TOKENIZER])
     with pytest.raises(ValueError, match="--perceptual_weight needs --perceptual_source"):
         module.MultiScaleVQVAETask(config)
@@ -232,7 +210,7 @@ def test_own_images(tmp_path, monkeypatch):
     """A folder per class; the unreadable file is counted, and with --strict it stops the run."""
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(History, "plot", lambda self: None)
-    module, images = _module("train_multiscale_vqvae"), _image_folder(tmp_path / "images")
+    module, images = load_script("train_multiscale_vqvae"), _image_folder(tmp_path / "images")
     arguments = [
         "--output_dir", str(tmp_path / "run"), "--dataset", str(images), "--crop", "random", "--flip",
         "--resize_ratio", "1.125", "--max_train_steps", "4", "--batch_size", "4", "--no_progress", *SMALL_TOKENIZER,
@@ -247,7 +225,7 @@ def test_own_images(tmp_path, monkeypatch):
 
 
 def test_cached_codes_need_data_without_augmentation(tokenizer_run, tmp_path, monkeypatch):
-    module = _module("train_var")
+    module = load_script("train_var")
     arguments = ["--output_dir", str(tmp_path), "--tokenizer", str(tokenizer_run / "final")]
     monkeypatch.setattr(sys, "argv", ["train_var.py", *arguments, "--cache_codes", "--crop", "random", *TINY])
     with pytest.raises(ValueError, match="--cache_codes keeps one version"):

@@ -62,11 +62,16 @@ def test_noisy_latents_are_decoded_better_and_that_is_reported(vae, tuned):
 
 
 def test_codes_are_learned_and_decoded(vae, tmp_path):
-    final = _fit(tmp_path / "codes", vae, *CODES, "--adversarial_weight", "0.5", "--discriminator_channels", "4")
+    flags = [*CODES, "--adversarial_weight", "0.5", "--discriminator_channels", "4", "--checkpointing_steps", "1"]
+    final = _fit(tmp_path / "codes", vae, *flags, "--checkpoints_total_limit", "none")
     quantizer = NoisyLatentQuantizer.from_pretrained(final / "quantizer")
     assert (quantizer.codebook_size, quantizer.config.sigma) == (8, 0.5)
-    untrained = NoisyLatentQuantizer.from_pretrained(tmp_path / "codes" / "checkpoint-2" / "quantizer")
-    assert torch.equal(quantizer.codebook.embedding.weight, untrained.codebook.embedding.weight)
+    first, last = (
+        NoisyLatentQuantizer.from_pretrained(tmp_path / "codes" / f"checkpoint-{step}" / "quantizer")
+        for step in (1, 2)
+    )
+    assert not torch.equal(first.codebook.embedding.weight, last.codebook.embedding.weight)
+    assert torch.equal(quantizer.codebook.embedding.weight, last.codebook.embedding.weight)
     names = {name for record in read_log(tmp_path / "codes") for name in record}
     assert {"quantizer/loss", "discriminator/real", "validation/psnr_after_codes_0.5"} <= names
     # Learned codes are taken as they are, with their noise.

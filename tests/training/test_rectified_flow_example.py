@@ -19,6 +19,7 @@ from hfgen.training.flow import FlowTrainingConfig
 from hfgen.training.flow_conditions import CaptionCondition, LabelCondition
 from support import text_encoders
 from support.example_runs import EXAMPLES, TINY, assert_equal_checkpoints, load_script, logged, read_log, run_script
+from support.small_autoencoder import save_autoencoder
 
 SCRIPT = "train_rectified_flow"
 SMALL = ["--width", "16", "--num_heads", "2", "--num_layers", "2", "--patch_size", "8", "--num_inference_steps", "2"]
@@ -37,19 +38,7 @@ def _sample(pipeline: RectifiedFlowPipeline, **condition) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory) -> Path:
-    """It halves the sides; its latents are not on the scale of the network."""
-    folder = tmp_path_factory.mktemp("vae")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        latent_channels=4,
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        scaling_factor=0.5,
-        shift_factor=0.1,
-    ).save_pretrained(folder)
-    return folder
+    return save_autoencoder(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture(scope="module")

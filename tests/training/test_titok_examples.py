@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import logging
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +14,9 @@ from safetensors.torch import load_file
 from hfgen import ImageBert, MaskGITPipeline, MaskGITTransformer, MaskGITVQGAN, TiTok, UViTBert
 from hfgen.losses.adversarial import r1_penalty
 from hfgen.training import parse_config
-from hfgen.training.history import History
 from hfgen.training.titok import LeCamDiscriminator, questionable_settings
+from support.example_runs import EXAMPLES, TINY, assert_equal_checkpoints, load_script, run_script
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-TINY = ["--max_train_steps", "2", "--batch_size", "4", "--limit", "8", "--num_validation_images", "2", "--no_progress"]
 VQGAN = ["--base_channels", "8", "--norm_num_groups", "4", "--latent_channels", "4", "--num_codes", "16"]
 VQGAN += ["--entropy_weight", "0.02"]
 TITOK = ["--encoder", "16,1,2", "--decoder", "24,1,2", "--num_latent_tokens", "4", "--num_codes", "16"]
@@ -28,20 +24,8 @@ GAN = ["--adversarial_weight", "0.01", "--discriminator_channels", "8", "--discr
 MASKGIT = ["--hidden_size", "16", "--intermediate_size", "32", "--num_layers", "2", "--num_attention_heads", "2"]
 
 
-def _module(name: str):
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def _fit(script: str, folder: Path, *arguments: str) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{script}.py", "--output_dir", str(folder), *TINY, *arguments])
-        patch.setattr(History, "plot", lambda self: None)
-        _module(script).main()
-    return folder / "final"
+    return run_script(script, folder, *TINY, *arguments)
 
 
 def _log(final: Path) -> dict[str, float]:
@@ -122,20 +106,6 @@ def test_discriminator_keeps_the_averages_of_lecam(tmp_path):
     assert torch.equal(loaded.lecam.real, discriminator.lecam.real)
 
 
-def _assert_equal_checkpoints(first: Path, second: Path) -> None:
-    files = sorted(path.relative_to(first) for path in first.rglob("*.safetensors"))
-    assert files and files == sorted(path.relative_to(second) for path in second.rglob("*.safetensors"))
-    for name in files:
-        expected, actual = load_file(first / name), load_file(second / name)
-        assert expected.keys() == actual.keys()
-        assert all(torch.equal(value, actual[key]) for key, value in expected.items()), name
-    states = [torch.load(folder / "training_state.pt", weights_only=True) for folder in (first, second)]
-    for name, optimizer in states[0]["optimizers"].items():
-        other = states[1]["optimizers"][name]
-        assert optimizer["param_groups"] == other["param_groups"]
-        torch.testing.assert_close(optimizer["state"], other["state"], rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("method", ["vqgan", "kl", "stage 2", "maskgit"])
 def test_scripts_resume_bit_exactly(method, vqgan, stage1, tmp_path):
     """With what each method adds: discriminator, R1, LeCam, posterior noise, a frozen part, masks and label drop."""
@@ -149,7 +119,7 @@ def test_scripts_resume_bit_exactly(method, vqgan, stage1, tmp_path):
     _fit(script, tmp_path, *flags)
     (tmp_path / "checkpoint-4").rename(tmp_path / "kept")
     _fit(script, tmp_path, *flags, "--resume", "latest")
-    _assert_equal_checkpoints(tmp_path / "kept", tmp_path / "checkpoint-4")
+    assert_equal_checkpoints(tmp_path / "kept", tmp_path / "checkpoint-4")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +165,7 @@ ERRORS = {
 def test_settings_that_cannot_work_end_the_program(case, capsys):
     arguments, message = ERRORS[case]
     with pytest.raises(SystemExit):
-        parse_config(_module("train_titok").Config, ["--output_dir", "run", *arguments])
+        parse_config(load_script("train_titok").Config, ["--output_dir", "run", *arguments])
     assert message in capsys.readouterr().err
 
 
@@ -237,7 +207,7 @@ TRAPS = {
 
 @pytest.mark.parametrize("trap", TRAPS)
 def test_each_trap_has_its_warning(trap):
-    config = parse_config(_module("train_titok").Config, ["--output_dir", "run", *TRAPS[trap]])
+    config = parse_config(load_script("train_titok").Config, ["--output_dir", "run", *TRAPS[trap]])
     (message,) = questionable_settings(config)
     assert trap in message
 
@@ -250,7 +220,7 @@ def test_warnings_reach_the_log(tmp_path, caplog):
 
 def _recipe(name: str, script: str, *arguments: str):
     file = EXAMPLES / "configs" / f"{name}.yaml"
-    config = parse_config(_module(script).Config, ["--config", str(file), "--output_dir", "run", *arguments])
+    config = parse_config(load_script(script).Config, ["--config", str(file), "--output_dir", "run", *arguments])
     return config, int(file.read_text().split("--num_processes ")[1].split()[0])
 
 
@@ -275,7 +245,7 @@ def test_titok_recipes_are_the_published_ones(name, preset, steps, warmup):
         return  # the sizes are those of stage 1
     with torch.device("meta"):
         proxies = MaskGITVQGAN() if config.stage == "1" else None
-        model = _module("train_titok").new_model(config, proxies)
+        model = load_script("train_titok").new_model(config, proxies)
     expected = {name: value for name, value in TiTok.presets[preset].items() if name != "pixel_channels"}
     assert {name: model.config[name] for name in expected} == expected
 

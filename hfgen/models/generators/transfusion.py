@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from hfgen.models.generators.llama_checkpoint import copy_trunk, extended_vocabulary, llama_arguments, llama_folder
 from hfgen.models.generators.transfusion_checks import check_config, check_images, check_sequence
+from hfgen.models.generators.transfusion_sizes import transfusion_presets
 from hfgen.models.layers.image_adapters import (
     ImageEmbeddings,
     LinearImageIn,
@@ -38,29 +39,6 @@ from hfgen.models.layers.llama_trunk import TrunkCache, make_trunk, run_trunk
 from hfgen.models.layers.sequence_mask import image_runs, segment_positions, sequence_mask
 from hfgen.models.modeling import HFGenModel
 from hfgen.models.untrusted import check_arguments
-
-# The paper's sizes: layers, width, heads; the MLP has Llama's width, 8/3 of the model's in multiples of 256.
-TRANSFUSION_SIZES = {
-    "0.16B": (16, 768, 12, 2048),
-    "0.37B": (24, 1024, 16, 2816),
-    "0.76B": (24, 1536, 24, 4096),
-    "1.4B": (24, 2048, 16, 5632),
-    "7B": (32, 4096, 32, 11008),
-}
-
-
-def _presets() -> dict[str, dict[str, Any]]:
-    """The paper's sizes with linear layers, such as "7B", and with a U-Net, such as "7B-unet"."""
-    linear = {
-        name: {
-            "num_layers": num_layers,
-            "hidden_size": width,
-            "num_attention_heads": num_heads,
-            "intermediate_size": mlp_width,
-        }
-        for name, (num_layers, width, num_heads, mlp_width) in TRANSFUSION_SIZES.items()
-    }
-    return linear | {f"{name}-unet": sizes | {"image_adapter": "unet"} for name, sizes in linear.items()}
 
 
 @dataclass
@@ -117,7 +95,7 @@ class TransfusionTransformer(HFGenModel):
     _skip_layerwise_casting_patterns = ["embed", "norm"]
     _skip_keys = ["cache"]
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = _presets()
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = transfusion_presets()
 
     @register_to_config
     def __init__(
@@ -195,7 +173,9 @@ class TransfusionTransformer(HFGenModel):
         patch_size: int = 2,
         image_adapter: Literal["linear", "unet"] = "linear",
         adapter_channels: Sequence[int] = (608, 1216),
+        bidirectional_images: bool = True,
         codebook_size: int | None = None,
+        fixed_timestep: int = 100,
         eos_token_id: int | None = None,
     ) -> TransfusionTransformer:
         """A model whose trunk, embeddings and head are those of a Llama; the rest is freshly initialised.
@@ -208,7 +188,8 @@ class TransfusionTransformer(HFGenModel):
             revision: of a Hub repository.
             dtype: of the model; float32 by default.
             context_length: the longest sequence, by default that of the checkpoint.
-            image_mode, latent_channels, patch_size, image_adapter, adapter_channels, codebook_size: see the class.
+            image_mode, latent_channels, patch_size, image_adapter, adapter_channels: see the class.
+            bidirectional_images, codebook_size, fixed_timestep: see the class.
             eos_token_id: which id ends a text, if the checkpoint names several.
 
         Raises:
@@ -223,6 +204,7 @@ class TransfusionTransformer(HFGenModel):
             arguments["context_length"] = context_length
         arguments |= {"image_mode": image_mode, "latent_channels": latent_channels, "patch_size": patch_size}
         arguments |= {"image_adapter": image_adapter, "adapter_channels": adapter_channels}
+        arguments |= {"bidirectional_images": bidirectional_images, "fixed_timestep": fixed_timestep}
         check_arguments(cls, arguments)
         model = cls(**arguments).to(dtype or torch.float32)
         copy_trunk(folder, model.model, model.lm_head, num_text)
