@@ -159,7 +159,7 @@ def measure_captions(pipe: DiffusionPipeline, arguments: argparse.Namespace, set
             pipe, scale, settings, arguments.captions, arguments.batch_size, arguments.seed
         )
     for title, names in (("one object", ONE_OBJECT), ("two objects", TWO_OBJECTS)):
-        print(f"Generation from {arguments.captions} unseen captions of {title}, judge accuracy:")
+        print(f"Generation from captions of {arguments.captions} unseen images of {title}, judge accuracy:")
         header = tuple({"cell": "position", "object": "all of these"}.get(name, name) for name in names)
         header = tuple(name.removeprefix("pair_") if name != "pair" else "both objects" for name in header)
         rows = {scale: [row[name] for name in names] for scale, row in results["generation"].items()}

@@ -64,6 +64,19 @@ def test_quality(name, psnr, tmp_path):
     assert rows["reconstruction"]["psnr"] > psnr and rows["generation"]["2"]["label"] > 0.5
 
 
+def test_quality_of_captions(tmp_path):
+    output = tmp_path / "rows.json"
+    script = str(ROOT / "benchmarks" / "quality.py")
+    arguments = ["flow-shapes", "--captions", "8", "--steps", "8", "--guidance", "2", "--json", str(output)]
+    result = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, timeout=200, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    shares = json.loads(output.read_text())["generation"]["2"]
+    assert min(shares[name] for name in ("shape", "colour", "size", "cell")) > 0.7 and shares["pair_size"] > 0.7
+    assert "| 2 | " in result.stdout and "both objects" in result.stdout
+
+
 def test_different_tokens_are_not_timed(modules):
     zeros, ones = torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)
     paths = {"plain": lambda: (zeros, None), "optimised": lambda: (ones, None), "transformer": lambda: None}
