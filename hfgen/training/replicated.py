@@ -82,4 +82,5 @@ class Replicated:
 
 def holds_quantizer(module: nn.Module) -> bool:
     """Whether training changes weights of the module in place (moving averages, restarts of codes)."""
-    return any(hasattr(part, "codebook_size") for part in module.modules())
+    # Of their classes: a generator can have a codebook_size in its config, which diffusers shows as an attribute.
+    return any(hasattr(type(part), "codebook_size") for part in module.modules())

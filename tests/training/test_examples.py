@@ -27,13 +27,15 @@ RECIPES = (
     | {f"mean_flow_{size}": "train_mean_flow" for size in ("b4", "l2")}
     | dict.fromkeys(("dit_xl2_256", "dit_xl2_512", "unet_adm_64", "unet_adm_256"), "train_diffusion")
     | {f"sit_{size}": "train_rectified_flow" for size in ("b2", "xl2")}
-    | {"autoencoder_kl_f8": "train_autoencoder_kl"}
+    | dict.fromkeys(("autoencoder_kl_f8", "transfusion_vae"), "train_autoencoder_kl")
+    | {f"transfusion_{size}": "train_transfusion" for size in ("0.16b", "0.37b", "0.76b", "1.4b", "7b", "7b_unet")}
 )
 # Flags that a recipe cannot give, because they name what the user has.
 OWN = {
     "train_var": ["--tokenizer", "tokenizer"],
     "train_maskgit": ["--tokenizer", "tokenizer"],
     "train_autoencoder_kl": ["--perceptual_source", "weights"],
+    "train_transfusion": ["--vae", "vae", "--text_dataset", "texts"],
     "train_titok": ["--vqgan", "vqgan", "--stage1", "stage1", "--perceptual_source", "weights"],
 }
 SMALL_TOKENIZER = ["--base_channels", "8", "--norm_num_groups", "4", "--layers_per_block", "1", "--num_codes", "16"]
@@ -135,8 +137,10 @@ def test_every_recipe_belongs_to_a_script():
 def test_recipe_parses(recipe):
     config_class = load_script(RECIPES[recipe]).Config
     required = ["--output_dir", "run", *OWN.get(RECIPES[recipe], [])]
-    config = parse_config(config_class, ["--config", str(EXAMPLES / "configs" / f"{recipe}.yaml"), *required])
-    assert config.dataset == "ILSVRC/imagenet-1k"
+    # The images of Transfusion were licensed for it.
+    data = ["--dataset", "IMAGES"] if recipe.startswith("transfusion") else []
+    config = parse_config(config_class, ["--config", str(EXAMPLES / "configs" / f"{recipe}.yaml"), *required, *data])
+    assert config.dataset == ("IMAGES" if data else "ILSVRC/imagenet-1k")
     assert config.warmup_steps < config.max_train_steps
 
 
