@@ -37,6 +37,7 @@ class TransfusionCache:
         # Made when a layer brings its first keys: layers can lie on several devices and run in several dtypes.
         self._keys: list[Tensor | None] = [None] * num_layers
         self._values: list[Tensor | None] = [None] * num_layers
+        self._begins_on: dict[torch.device, Tensor] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Store (R, heads, T, head_dim) of the new tokens; returns views (R, heads, M, head_dim) of all so far.
@@ -90,7 +91,11 @@ class TransfusionCache:
         return (keys <= queries) & filled | (keys == queries)
 
     def _begins(self, device: torch.device | str | None) -> Tensor:
-        return torch.tensor(self.padding, device=device)[:, None]
+        """(R, 1), copied to a device once and not at every step."""
+        device = torch.device("cpu" if device is None else device)
+        if device not in self._begins_on:
+            self._begins_on[device] = torch.tensor(self.padding, device=device)[:, None]
+        return self._begins_on[device]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Of ``transformers.Cache``: tokens before the next ones."""

@@ -45,7 +45,7 @@ def test_a_short_card_shows_how_to_use_each_class(name, tmp_path):
     (build_pipeline(name) if name in PIPELINES else build_model(name)).save_pretrained(tmp_path)
     write_short_card(tmp_path, "user/mine")
     card = ModelCard.load(tmp_path / CARD_FILE)
-    assert card.data.library_name == "hfgen" and "hfgen" in card.data.tags and card.data.license is None
+    assert card.data.to_dict()["library_name"] == "hfgen" and "hfgen" in card.data.tags and card.data.license is None
     code = card.text.partition("```python\n")[2].partition("```")[0]
     assert len(code.strip().splitlines()) <= 4
     compile(code, name, "exec")
@@ -144,7 +144,7 @@ def test_the_card_of_an_autoencoder_of_diffusers(run, tmp_path):
     vae.save_pretrained(tmp_path)
     card = write_card(run, tmp_path, example="examples/train_autoencoder_kl.py", repo_id="user/mine")
     assert "from diffusers import AutoencoderKL" in card.text and "tokenizer(pixels).sample" in card.text
-    assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "image-to-image"
+    assert card.data.to_dict()["library_name"] == "diffusers" and card.data.pipeline_tag == "image-to-image"
     assert "arxiv.org/abs/1312.6114" in card.text and "vae" in card.data.tags
     write_short_card(tmp_path)
     assert "arxiv" not in ModelCard.load(tmp_path / CARD_FILE).text  # of whichever system it is

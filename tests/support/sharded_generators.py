@@ -40,6 +40,6 @@ if __name__ == "__main__":
         torch.save({"processes": accelerator.num_processes, **report}, Path(sys.argv[1]) / "report.pt")
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    # Now, without the interpreter's teardown: a thread of gloo that still wants the interpreter's lock then aborts the
-    # process, once in some hundred runs, after all work is done.
+    # Without the interpreter's teardown, in which a process was seen to abort after all its work was done ("terminate
+    # called without an active exception").
     os._exit(0)
