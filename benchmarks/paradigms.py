@@ -19,8 +19,9 @@ from pathlib import Path
 
 from paradigms_report import draw, text, write_page
 from paradigms_sampling import Quality, SamplingSettings, measure, pass_seconds
-from paradigms_training import METHODS, TrainingSettings, train, with_parents
+from paradigms_training import METHODS, TrainingSettings, training, with_parents
 from tqdm.auto import tqdm
+from trainings import Runs
 
 from hfgen.training.history import write_text
 
@@ -100,7 +101,7 @@ def command_line(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
 def compare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> dict:
     """Train and measure what is not there yet; all numbers, which are also kept in the folder of the runs."""
     threads, progress = arguments.threads, not arguments.no_progress
-    training = TrainingSettings(
+    settings = TrainingSettings(
         budget=arguments.budget,
         batch_size=arguments.batch_size,
         resolution=arguments.resolution,
@@ -110,6 +111,7 @@ def compare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> d
         num_pairs=arguments.pairs,
         pair_steps=arguments.pair_steps,
     )
+    runs = Runs(arguments.runs.resolve(), threads=threads)
     sampling = SamplingSettings(
         steps=tuple(sorted(set(arguments.steps))),
         per_class=arguments.per_class,
@@ -121,7 +123,7 @@ def compare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> d
     quality = Quality(sampling)
     results = {
         "command": command_line(parser, arguments),
-        "training": vars(training),
+        "training": vars(settings),
         "seeds": arguments.seeds,
         "steps": sampling.steps,
         "true_images": quality.of_true_images(),
@@ -130,9 +132,9 @@ def compare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> d
     }
     plan = [(seed, name) for seed in arguments.seeds for name in with_parents(arguments.methods)]
     for seed, name in tqdm(plan, desc="methods and seeds", disable=not progress):
-        stamp = train(name, seed, training, arguments.runs, threads=threads)
-        results["training_seconds"].setdefault(name, {})[str(seed)] = stamp["seconds"]
-        measured = measure(name, seed, quality, arguments.runs, threads=threads, progress=progress)
+        run = training(name, seed, settings, runs.folder)
+        results["training_seconds"].setdefault(name, {})[str(seed)] = runs.train(run)
+        measured = measure(name, seed, quality, runs, run, progress=progress)
         results["measures"].setdefault(name, {})[str(seed)] = measured
     results["pass_seconds"] = pass_seconds(arguments.sides, threads=threads) if arguments.sides else {}
     write_text(arguments.runs / RESULTS_FILE, json.dumps(results, indent=1) + "\n")

@@ -1,39 +1,18 @@
-"""What the measurements say about claims: each holds, does not hold at this scale, or is undecided.
-
-Two quantities are compared by their ranges over the seeds. The order is certain if the ranges do not overlap; with
-overlapping ranges or fewer than two seeds a comparison is undecided. A claim of several comparisons holds if all of
-them do, and does not hold if one of them is certainly the other way round.
-"""
+"""What the measurements of benchmarks/paradigms.py say about claims, by the rules of benchmarks/verdicts.py."""
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
-HOLDS, FAILS, UNDECIDED = "holds", "does not hold at this scale", "is undecided"
+from verdicts import FAILS, HOLDS, UNDECIDED, below, criterion, spread, together
+
 FEW_STEPS = (2, 4, 8)
 COLLAPSED, VARIED = 0.25, 0.5  # shares of the variance within a class that true images have
 FLAT, STEEP = 2.5, 3.5  # exponents of the cost of a pass in the side of the image
 
 # method -> seed -> what benchmarks/paradigms_sampling.py measured
 Measures = Mapping[str, Mapping[str, Mapping]]
-
-
-def below(lower: Sequence[float], higher: Sequence[float]) -> str:
-    """Whether the first values lie below the second: HOLDS, FAILS or UNDECIDED as the module says."""
-    if min(len(lower), len(higher)) < 2:
-        return UNDECIDED
-    if max(lower) < min(higher):
-        return HOLDS
-    return FAILS if min(lower) > max(higher) else UNDECIDED
-
-
-def together(verdicts: Sequence[str]) -> str:
-    """The verdict on a claim with several comparisons."""
-    if FAILS in verdicts:
-        return FAILS
-    return HOLDS if set(verdicts) == {HOLDS} else UNDECIDED
 
 
 def values(measures: Measures, method: str, quantity: str, sampler: str | None = None, steps: int | None = None):
@@ -49,14 +28,6 @@ def values(measures: Measures, method: str, quantity: str, sampler: str | None =
                 if point["sampler"] == sampler and (steps is None or point["steps"] == steps)
             ]
     return found
-
-
-def spread(numbers: Sequence[float], form: str = "{:.2f}") -> str:
-    """``mean (smallest to largest)``."""
-    mean = sum(numbers) / len(numbers)
-    if len(numbers) == 1:
-        return form.format(mean)
-    return f"{form.format(mean)} ({form.format(min(numbers))} to {form.format(max(numbers))})"
 
 
 def few_step_flow(measures: Measures) -> str | None:
@@ -191,5 +162,5 @@ def sentences(measures: Measures, seconds: Mapping[str, Mapping[str, float]]) ->
 
 
 def criteria(measures: Measures, seconds: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """When each of these claims holds: what its function states, so that the text cannot differ from the code's."""
-    return [" ".join(inspect.getdoc(claim).split()) for claim, _ in _judged(measures, seconds)]
+    """When each of these claims holds."""
+    return [criterion(claim) for claim, _ in _judged(measures, seconds)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from paradigms_claims import criteria, sentences, spread, values
+from pages import with_section
+from paradigms_claims import criteria, sentences, values
 from paradigms_training import METHODS
+from verdicts import listed, spread
 
 from hfgen.training.history import write_text
 
@@ -59,15 +61,15 @@ def text(results: Mapping) -> str:
     seconds = results["pass_seconds"]
     parts = [
         f"Measured by `{results['command']}` with the seeds {', '.join(map(str, results['seeds']))}.",
-        _listed("The criteria, fixed before anything was measured:", criteria(results["measures"], seconds)),
+        listed("The criteria, fixed before anything was measured:", criteria(results["measures"], seconds)),
         table(results),
         "The cells hold the Frechet distance and the accuracy, means over the seeds.",
-        _listed("What follows for the claims:", sentences(results["measures"], seconds)),
+        listed("What follows for the claims:", sentences(results["measures"], seconds)),
     ]
     bent = {name: values(results["measures"], name, "straightness") for name in results["measures"]}
     if any(bent.values()):
-        listed = "; ".join(f"{METHODS[name].title} {spread(found, '{:.4f}')}" for name, found in bent.items() if found)
-        parts.append(f"Straightness per element, 0 for straight paths: {listed}.")
+        each = "; ".join(f"{METHODS[name].title} {spread(found, '{:.4f}')}" for name, found in bent.items() if found)
+        parts.append(f"Straightness per element, 0 for straight paths: {each}.")
     if seconds:
         sides = list(next(iter(seconds.values())))
         lines = [f"| ms per pass, side | {' | '.join(sides)} |", "|" + "---|" * (len(sides) + 1)]
@@ -75,10 +77,6 @@ def text(results: Mapping) -> str:
             lines.append(f"| {METHODS[name].title} | " + " | ".join(f"{1e3 * by_side[s]:.1f}" for s in sides) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(part for part in parts if part)
-
-
-def _listed(head: str, items: Sequence[str]) -> str:
-    return "\n".join([head, "", *(f"- {item}" for item in items)]) if items else ""
 
 
 def write_page(page: Path, results: Mapping) -> Path:
@@ -91,15 +89,13 @@ def write_page(page: Path, results: Mapping) -> Path:
         ValueError: the page lacks the markers.
     """
     content = page.read_text(encoding="utf-8") if page.is_file() else ""
-    before, begin, rest = content.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"--page {page} needs the lines {BEGIN} and {END}; what is between them is replaced.")
     picture = page.parent / "images" / f"{page.stem}.png"
+    with_section(content, BEGIN, END, "")  # raises before anything is drawn
+    shown = f"![Quality against passes and seconds](images/{picture.name})"
+    content = with_section(content, BEGIN, END, f"\n{text(results)}\n\n{shown}\n")
     picture.parent.mkdir(exist_ok=True)
     draw(picture, results)
-    shown = f"![Quality against passes and seconds](images/{picture.name})"
-    write_text(page, f"{before}{BEGIN}\n\n{text(results)}\n\n{shown}\n\n{END}{after}")
+    write_text(page, content)
     return picture
 
 

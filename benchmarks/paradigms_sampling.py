@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from diffusers import (
@@ -16,10 +15,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
 )
-from paradigms_training import METHODS, run_folder
+from paradigms_training import METHODS
 from timing import timed
 from torch import Tensor
 from tqdm.auto import tqdm
+from trainings import Runs, Training
 
 from hfgen import ImageDiffusionPipeline, MeanFlowPipeline, RectifiedFlowPipeline
 from hfgen.counters import generator
@@ -117,17 +117,17 @@ class Quality:
 
 
 def measure(
-    name: str, seed: int, quality: Quality, runs: Path, *, threads: int = 1, progress: bool = True
+    name: str, seed: int, quality: Quality, runs: Runs, training: Training, *, progress: bool = True
 ) -> dict[str, list | float]:
     """Everything that is measured of a trained method; kept in its folder and read from there the next time."""
-    folder, settings = run_folder(runs, name, seed), quality.settings
-    wanted = json.loads(json.dumps(asdict(settings)))
+    folder, settings = runs.folder / training.name, quality.settings
+    wanted = json.loads(json.dumps({"training": training.key()} | asdict(settings)))
     path = folder / MEASURES_FILE
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["settings"] == wanted:
             return kept
-    torch.set_num_threads(threads)
+    torch.set_num_threads(runs.threads)
     method = METHODS[name]
     pipeline = PIPELINES[method.script].from_pretrained(folder / "final")
     pipeline.set_progress_bar_config(disable=True)

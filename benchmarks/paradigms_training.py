@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import resource
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from hfgen.training.history import write_text
+from trainings import Training
 
-logger = logging.getLogger(__name__)
-
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-STAMP_FILE = "stamp.json"
 ADAMW_RATIO = 0.2  # learning rate of AdamW, which trains U-Nets and the outer layers of DiT, to that of Muon
 
 
@@ -36,7 +26,7 @@ class Method:
 
     title: str
     script: str
-    flags: tuple[str, ...]
+    flags: Mapping[str, object]
     parent: str | None = None
     samplers: tuple[str, ...] = ("euler",)
     few: int | None = None
@@ -45,41 +35,41 @@ class Method:
 DIFFUSION = ("ddim", "dpm-solver++")
 
 
-def _unet(channels: str, head_dim: int) -> tuple[str, ...]:
-    return ("--model", "unet", "--channels", channels, "--attention_head_dim", str(head_dim))
+def _unet(channels: str, head_dim: int) -> dict[str, object]:
+    return {"model": "unet", "channels": channels, "attention_head_dim": head_dim}
+
+
+def _dit(width: int) -> dict[str, object]:
+    return {"model": "dit", "width": width}
 
 
 # U-Net and DiT have three sizes of about equal numbers of parameters: 0.14, 0.42 and 1.0 million.
 METHODS = {
     "unet": Method("U-Net, diffusion", "train_diffusion", _unet("16,40,72", 24), samplers=DIFFUSION),
-    "dit": Method("DiT, diffusion", "train_diffusion", ("--model", "dit", "--width", "112"), samplers=DIFFUSION),
-    "flow": Method("DiT, rectified flow", "train_rectified_flow", ("--width", "112"), samplers=("euler", "heun")),
-    "reflow": Method("2-rectified flow", "reflow", ("--mode", "reflow"), parent="flow"),
-    "distilled": Method("2-rectified flow, distilled", "reflow", ("--mode", "distill"), parent="reflow", few=1),
-    "mean_flow": Method("MeanFlow", "train_mean_flow", ("--width", "112"), samplers=("mean-flow",), few=4),
+    "dit": Method("DiT, diffusion", "train_diffusion", _dit(112), samplers=DIFFUSION),
+    "flow": Method("DiT, rectified flow", "train_rectified_flow", {"width": 112}, samplers=("euler", "heun")),
+    "reflow": Method("2-rectified flow", "reflow", {"mode": "reflow"}, parent="flow"),
+    "distilled": Method("2-rectified flow, distilled", "reflow", {"mode": "distill"}, parent="reflow", few=1),
+    "mean_flow": Method("MeanFlow", "train_mean_flow", {"width": 112}, samplers=("mean-flow",), few=4),
     "matching": Method(
         "trajectory matching, independent pairs",
         "train_mean_flow",
-        ("--width", "112", "--loss", "trajectory_matching"),
+        {"width": 112, "loss": "trajectory_matching"},
         samplers=("mean-flow",),
         few=1,
     ),
     "matching_pairs": Method(
         "trajectory matching, pairs of the flow",
         "train_mean_flow",
-        ("--width", "112", "--loss", "trajectory_matching"),
+        {"width": 112, "loss": "trajectory_matching"},
         parent="reflow",
         samplers=("mean-flow",),
         few=1,
     ),
     "unet_s": Method("U-Net, diffusion, small", "train_diffusion", _unet("8,16,24", 24), samplers=("ddim",)),
     "unet_m": Method("U-Net, diffusion, medium", "train_diffusion", _unet("8,24,48", 24), samplers=("ddim",)),
-    "dit_s": Method(
-        "DiT, diffusion, small", "train_diffusion", ("--model", "dit", "--width", "40"), samplers=("ddim",)
-    ),
-    "dit_m": Method(
-        "DiT, diffusion, medium", "train_diffusion", ("--model", "dit", "--width", "72"), samplers=("ddim",)
-    ),
+    "dit_s": Method("DiT, diffusion, small", "train_diffusion", _dit(40), samplers=("ddim",)),
+    "dit_m": Method("DiT, diffusion, medium", "train_diffusion", _dit(72), samplers=("ddim",)),
 }
 
 
@@ -119,11 +109,10 @@ def with_parents(names: Sequence[str]) -> list[str]:
     return ordered
 
 
-def training_flags(name: str, seed: int, settings: TrainingSettings, runs: Path) -> list[str]:
-    """The command line of a method's script, without the script."""
-    method, folder = METHODS[name], run_folder(runs, name, seed)
-    flags = {
-        "output_dir": folder,
+def training_flags(name: str, seed: int, settings: TrainingSettings, runs: Path) -> dict[str, object]:
+    """The flags of a method's script, without ``--output_dir``."""
+    method = METHODS[name]
+    flags = dict(method.flags) | {
         "seed": seed,
         "max_train_steps": settings.budget,
         "batch_size": settings.batch_size,
@@ -135,7 +124,6 @@ def training_flags(name: str, seed: int, settings: TrainingSettings, runs: Path)
         "validation_steps": 0,
         "num_validation_images": 24,
         "logging_steps": max(settings.budget // 20, 1),
-        "resume": "latest",
     }
     if method.script == "reflow":
         teacher = run_folder(runs, method.parent, seed)
@@ -150,7 +138,7 @@ def training_flags(name: str, seed: int, settings: TrainingSettings, runs: Path)
         }
     else:
         flags |= {"resolution": settings.resolution, "num_inference_steps": 1 if "mean" in method.script else 16}
-    if "unet" in method.flags:
+    if flags.get("model") == "unet":
         flags["learning_rate"] = ADAMW_RATIO * settings.learning_rate
     else:
         flags |= {"optimizer": "muon", "learning_rate": settings.learning_rate, "adamw_ratio": ADAMW_RATIO}
@@ -160,12 +148,16 @@ def training_flags(name: str, seed: int, settings: TrainingSettings, runs: Path)
         flags["kappa"] = 1 - 1 / settings.guidance  # with omega 1, a guidance of 1 / (1 - kappa)
     if name == "matching_pairs":
         flags["pairs"] = pairs_folder(runs, method.parent, seed)
-    return [*method.flags, *(text for key, value in flags.items() for text in (f"--{key}", str(value)))]
+    return flags
+
+
+def run_name(name: str, seed: int) -> str:
+    """The folder, in that of all runs, where a method with a seed is trained."""
+    return f"seed-{seed}/{name}"
 
 
 def run_folder(runs: Path, name: str, seed: int) -> Path:
-    """Where a method with a seed is trained."""
-    return runs / f"seed-{seed}" / name
+    return runs / run_name(name, seed)
 
 
 def pairs_folder(runs: Path, name: str, seed: int) -> Path:
@@ -173,50 +165,9 @@ def pairs_folder(runs: Path, name: str, seed: int) -> Path:
     return runs / f"seed-{seed}" / f"{name}-pairs"
 
 
-def train(name: str, seed: int, settings: TrainingSettings, runs: Path, *, threads: int = 1) -> dict:
-    """Train a method unless its folder has a stamp, which says that it is done.
-
-    Returns:
-        The stamp: the settings and ``seconds``, CPU time of the training with start and validation.
-
-    Raises:
-        ValueError: the folder holds a run with other settings.
-        SystemExit: the script failed.
-    """
-    folder = run_folder(runs, name, seed)
-    wanted = {"method": asdict(METHODS[name]), "settings": asdict(settings)}
-    wanted = json.loads(json.dumps(wanted))
-    if (folder / STAMP_FILE).is_file():
-        stamp = json.loads((folder / STAMP_FILE).read_text(encoding="utf-8"))
-        if {key: stamp[key] for key in wanted} != wanted:
-            raise ValueError(f"{folder} was trained with other settings: choose another --runs, or delete it.")
-        return stamp
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    log = folder.parent / f"{name}.log"
-    logger.info("Training %s with seed %d; its output is in %s.", METHODS[name].title, seed, log)
-    command = [sys.executable, str(EXAMPLES / f"{METHODS[name].script}.py"), "--no_progress"]
-    command += training_flags(name, seed, settings, runs)
-    stamp = wanted | {"seconds": run(command, log, threads)}
-    write_text(folder / STAMP_FILE, json.dumps(stamp, indent=1) + "\n")
-    return stamp
-
-
-def run(command: Sequence[str], log: Path, threads: int) -> float:
-    """Run a program with its output in a file; the CPU seconds that it took.
-
-    Raises:
-        SystemExit: it failed; its last lines are shown.
-    """
-    before = _children_seconds()
-    with log.open("w", encoding="utf-8") as output:
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode
-    if code != 0:
-        last = "".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[-15:])
-        raise SystemExit(f"{' '.join(command[:2])} ended with {code}:\n{last}")
-    return _children_seconds() - before
-
-
-def _children_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+def training(name: str, seed: int, settings: TrainingSettings, runs: Path) -> Training:
+    """The run of a method's script."""
+    method = METHODS[name]
+    after = () if method.parent is None else (training(method.parent, seed, settings, runs),)
+    flags = training_flags(name, seed, settings, runs)
+    return Training(run_name(name, seed), method.script, flags, after)

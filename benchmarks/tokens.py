@@ -25,17 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import with_section
 from tokens_measure import BATCH, reconstruct, sample, save_curves, save_rows, unseen_images
-from tokens_page import section, with_section
+from tokens_page import markers, section
 from tokens_training import (
     COMMON,
     GRIDS,
     NUM_CODES,
     PROXY_PATCH_SIZE,
-    ROOT,
     SINGLE_PATCH_SIZE,
-    Runs,
-    Training,
     proxy_vqgan,
     titok,
     two_stages,
@@ -43,6 +41,7 @@ from tokens_training import (
 from tokens_training import grid as grid_training
 from torch import Tensor
 from tqdm import tqdm
+from trainings import ROOT, Runs, Training
 
 from hfgen import MaskGITPipeline
 from hfgen.auto import AutoModel
@@ -206,7 +205,7 @@ def rewrite(page: Path, results: dict[str, Any]) -> None:
     """Put what was measured between the markers of the page, which is copied from the documentation if it is new."""
     text = (page if page.exists() else PAGE).read_text(encoding="utf-8")
     for name, result in results.items():
-        text = with_section(text, name, section(name, result))
+        text = with_section(text, *markers(name), section(name, result))
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text(page, text)
 

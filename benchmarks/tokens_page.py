@@ -135,18 +135,9 @@ def table(columns: Mapping[str, tuple[str, str]], rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def with_section(text: str, name: str, content: str) -> str:
-    """``text`` with ``content`` between the two markers of the part.
-
-    Raises:
-        ValueError: ``text`` lacks a marker.
-    """
-    begin, end = f"<!-- {name}: begin (written by benchmarks/tokens.py) -->", f"<!-- {name}: end -->"
-    head, found, rest = text.partition(begin)
-    _, closed, tail = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"The page lacks the markers {begin!r} and {end!r}, in this order: add them.")
-    return f"{head}{begin}\n{content}\n{end}{tail}"
+def markers(name: str) -> tuple[str, str]:
+    """The lines of the page around a part."""
+    return f"<!-- {name}: begin (written by benchmarks/tokens.py) -->", f"<!-- {name}: end -->"
 
 
 def _pairs(rows: Sequence[Row], first: str, second: str) -> list[tuple[Row, Row]]:

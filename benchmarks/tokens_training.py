@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from hfgen.auto import AutoModel
-from hfgen.models.modeling import HFGenModel
-from hfgen.training.history import write_text
+from trainings import Runs, Training
 
-ROOT = Path(__file__).resolve().parent.parent
 NUM_CODES = 512
 SINGLE_PATCH_SIZE = 8
 PROXY_PATCH_SIZE = 4  # the VQGAN's pixels per code, which stage 1 shares
@@ -52,88 +42,6 @@ GRIDS = {
     4: {"base_channels": 24, "channel_multipliers": "1,1,2,2,4"},
     16: {"base_channels": 24, "channel_multipliers": "1,1,3,4"},
 }
-
-
-@dataclass(frozen=True)
-class Training:
-    """A run of an example script.
-
-    Attributes:
-        name: of its folder.
-        script: in ``examples/``, without ``.py``.
-        settings: its flags, without ``--output_dir``.
-        after: trainings whose results it reads; it is repeated when one of them changes.
-    """
-
-    name: str
-    script: str
-    settings: Mapping[str, object]
-    after: tuple[Training, ...] = ()
-
-    def arguments(self) -> list[str]:
-        return [part for name, value in self.settings.items() for part in (f"--{name}", str(value))]
-
-    def key(self) -> list:
-        """All that decides the result, for JSON."""
-        return [self.script, self.arguments(), [each.key() for each in self.after]]
-
-
-@dataclass(frozen=True)
-class Runs:
-    """The folder of all trainings.
-
-    Attributes:
-        folder: holds for each training ``NAME/final``, the output ``NAME.log``, and once it is done ``NAME.json``.
-        launcher: words before the command, such as ``("nice",)``.
-        extra: more arguments for every script, such as those of a trial.
-    """
-
-    folder: Path
-    launcher: tuple[str, ...] = ()
-    extra: tuple[str, ...] = ()
-
-    def final(self, training: Training) -> Path:
-        return self.folder / training.name / "final"
-
-    def train(self, training: Training) -> float:
-        """CPU seconds that the training took, now or in an earlier call with the same settings.
-
-        Raises:
-            RuntimeError: the script failed; the message has the end of its output.
-        """
-        done = self.folder / f"{training.name}.json"
-        key = [training.key(), list(self.extra)]
-        if done.exists() and self.final(training).exists():
-            record = json.loads(done.read_text(encoding="utf-8"))
-            if record["key"] == key:
-                return record["cpu_seconds"]
-        done.unlink(missing_ok=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        output = ["--output_dir", str(self.folder / training.name), "--overwrite", "--no_progress"]
-        before, start = os.times(), time.perf_counter()
-        launch(self.launcher, training.script, [*output, *training.arguments(), *self.extra], self.log(training))
-        after = os.times()
-        cpu = after.children_user + after.children_system - before.children_user - before.children_system
-        record = {"key": key, "cpu_seconds": cpu, "wall_seconds": time.perf_counter() - start}
-        write_text(done, json.dumps(record, indent=1) + "\n")
-        return cpu
-
-    def log(self, training: Training) -> Path:
-        return self.folder / f"{training.name}.log"
-
-    def load(self, training: Training) -> HFGenModel:
-        return AutoModel.from_pretrained(self.final(training)).eval()
-
-
-def launch(launcher: Sequence[str], script: str, arguments: Sequence[str], log: Path) -> None:
-    """Run an example in a process of its own, with one thread, and its output in ``log``."""
-    command = [*launcher, sys.executable, str(ROOT / "examples" / f"{script}.py"), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with open(log, "w", encoding="utf-8") as output:
-        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT).returncode
-    if status:
-        end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
-        raise RuntimeError(f"{' '.join(command)}\nended with status {status}; the end of {log}:\n{end}")
 
 
 def titok(tokens: int, steps: int, patch_size: int = SINGLE_PATCH_SIZE, seed: int = 0) -> Training:

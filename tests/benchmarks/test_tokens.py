@@ -22,12 +22,13 @@ def modules():
     """The modules beside the script, by name."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
+        import pages
         import tokens
         import tokens_page
-        import tokens_training
+        import trainings
     finally:
         sys.path.pop(0)
-    return {"tokens": tokens, "page": tokens_page, "training": tokens_training}
+    return {"pages": pages, "tokens": tokens, "page": tokens_page, "training": trainings}
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def started(modules, monkeypatch):
     """The scripts that were started, in this process and with small models."""
     scripts = []
 
-    def launch(launcher, script, arguments, log):
+    def launch(launcher, script, arguments, log, threads):
         scripts.append(script)
         folder = Path(arguments[arguments.index("--output_dir") + 1])
         run_script(script, folder, *arguments, *SMALL[script])
@@ -192,8 +193,10 @@ def test_claims_about_sampling_steps(modules):
 def test_the_documented_page_has_the_markers_of_all_parts(modules):
     text = (ROOT / "docs" / "tokens.md").read_text(encoding="utf-8")
     for name in modules["tokens"].PARTS:
-        changed = modules["page"].with_section(text, name, "new")
+        markers = modules["page"].markers(name)
+        changed = modules["pages"].with_section(text, *markers, "new")
         assert between(changed, name) == "\nnew\n"
-        assert modules["page"].with_section(changed, name, between(text, name).strip("\n")).split() == text.split()
-    with pytest.raises(ValueError, match="lacks the markers"):
-        modules["page"].with_section("text", "number", "new")
+        restored = modules["pages"].with_section(changed, *markers, between(text, name).strip("\n"))
+        assert restored.split() == text.split()
+    with pytest.raises(ValueError, match="needs the lines <!-- number: begin"):
+        modules["pages"].with_section("text", *modules["page"].markers("number"), "new")
