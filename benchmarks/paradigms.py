@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
+import torch
 from paradigms_report import draw, text, write_page
 from paradigms_sampling import Quality, SamplingSettings, measure, pass_seconds
 from paradigms_training import METHODS, TrainingSettings, training, with_parents
@@ -121,6 +123,7 @@ def compare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> d
         batch_size=60,
     )
     quality = Quality(sampling)
+    torch.set_num_threads(threads)
     results = {
         "command": command_line(parser, arguments),
         "training": vars(settings),
@@ -134,7 +137,8 @@ def compare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> d
     for seed, name in tqdm(plan, desc="methods and seeds", disable=not progress):
         run = training(name, seed, settings, runs.folder)
         results["training_seconds"].setdefault(name, {})[str(seed)] = runs.train(run)
-        measured = measure(name, seed, quality, runs, run, progress=progress)
+        judge = partial(measure, name, seed, quality, runs.final(run), progress=progress)
+        measured = runs.measured(run, vars(sampling), judge)
         results["measures"].setdefault(name, {})[str(seed)] = measured
     results["pass_seconds"] = pass_seconds(arguments.sides, threads=threads) if arguments.sides else {}
     write_text(arguments.runs / RESULTS_FILE, json.dumps(results, indent=1) + "\n")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from diffusers import (
@@ -19,7 +19,6 @@ from paradigms_training import METHODS
 from timing import timed
 from torch import Tensor
 from tqdm.auto import tqdm
-from trainings import Runs, Training
 
 from hfgen import ImageDiffusionPipeline, MeanFlowPipeline, RectifiedFlowPipeline
 from hfgen.counters import generator
@@ -31,7 +30,6 @@ from hfgen.evaluation.frechet import GaussianStatistics, whitened_frechet_distan
 from hfgen.evaluation.judge import judge_labels
 from hfgen.training.diffusion import DiffusionTrainingConfig, diffusion_network
 from hfgen.training.flow_pairs import flow_straightness
-from hfgen.training.history import write_text
 
 PIPELINES = {
     "train_diffusion": ImageDiffusionPipeline,
@@ -39,7 +37,6 @@ PIPELINES = {
     "reflow": RectifiedFlowPipeline,
     "train_mean_flow": MeanFlowPipeline,
 }
-MEASURES_FILE = "measures.json"
 STRAIGHTNESS_STEPS, STRAIGHTNESS_IMAGES = 16, 64
 
 
@@ -116,26 +113,13 @@ class Quality:
         return torch.stack([row["pixels"] for row in rows]), torch.tensor([row["label"] for row in rows])
 
 
-def measure(
-    name: str, seed: int, quality: Quality, runs: Runs, training: Training, *, progress: bool = True
-) -> dict[str, list | float]:
-    """Everything that is measured of a trained method; kept in its folder and read from there the next time."""
-    folder, settings = runs.folder / training.name, quality.settings
-    wanted = json.loads(json.dumps({"training": training.key()} | asdict(settings)))
-    path = folder / MEASURES_FILE
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["settings"] == wanted:
-            return kept
-    torch.set_num_threads(runs.threads)
-    method = METHODS[name]
-    pipeline = PIPELINES[method.script].from_pretrained(folder / "final")
+def measure(name: str, seed: int, quality: Quality, folder: Path, *, progress: bool = True) -> dict[str, list | float]:
+    """Everything that is measured of a trained method, whose pipeline is in ``folder``."""
+    settings, method = quality.settings, METHODS[name]
+    pipeline = PIPELINES[method.script].from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    result = {
-        "settings": wanted,
-        "parameters": sum(parameter.numel() for parameter in pipeline.transformer.parameters()),
-        "points": [],
-    }
+    parameters = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
+    result = {"parameters": parameters, "points": []}
     guidance = settings.guidance if method.script in ("train_diffusion", "train_rectified_flow") else 1.0
     plan = [(sampler, steps) for sampler in method.samplers for steps in _steps(sampler, settings.steps, method.few)]
     trained = _noise_schedule(pipeline)
@@ -146,7 +130,6 @@ def measure(
         result["points"].append({"sampler": sampler, "steps": steps} | _point(pipeline, arguments, quality, seed))
     if isinstance(pipeline, RectifiedFlowPipeline):
         result["straightness"] = _straightness(pipeline, guidance, seed)
-    write_text(path, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,8 @@ class Runs:
     """The folder of all trainings.
 
     Attributes:
-        folder: holds for each training ``NAME/final``, the output ``NAME.log``, and once it is done ``NAME.json``.
+        folder: holds for each training ``NAME/final``, the output ``NAME.log``, and once it is done ``NAME.json``;
+            what was measured of it is in ``NAME-measures.json``.
         launcher: words before the command, such as ``("nice",)``.
         extra: more arguments for every script, such as those of a trial.
         threads: CPU threads of a training.
@@ -85,6 +86,18 @@ class Runs:
         record = {"key": key, "cpu_seconds": cpu, "wall_seconds": time.perf_counter() - start}
         write_text(done, json.dumps(record, indent=1) + "\n")
         return cpu
+
+    def measured(self, training: Training, settings: Mapping[str, object], measure: Callable[[], dict]) -> dict:
+        """What ``measure`` says of the result of a training, kept in ``NAME-measures.json`` with both settings."""
+        path = self.folder / f"{training.name}-measures.json"
+        wanted = json.loads(json.dumps({"training": training.key(), "measuring": settings}))
+        if path.is_file():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if {name: kept[name] for name in wanted} == wanted:
+                return kept["measures"]
+        measures = measure()
+        write_text(path, json.dumps(wanted | {"measures": measures}, indent=1) + "\n")
+        return measures
 
     def log(self, training: Training) -> Path:
         return self.folder / f"{training.name}.log"

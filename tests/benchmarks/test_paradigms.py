@@ -109,7 +109,7 @@ def test_every_method_trains_and_is_measured_once(compare, report, modules, tmp_
 
 
 def test_a_stopped_or_changed_comparison_continues(compare, tmp_path):
-    measures = tmp_path / "seed-0" / "dit_s" / "measures.json"
+    measures = tmp_path / "seed-0" / "dit_s-measures.json"
     assert compare("--seeds", 0, "--methods", "dit_s") == ["train_diffusion"]
     first = measures.read_text()
     assert compare("--seeds", 0, "--methods", "dit_s", "--learning_rate", "0.1") == ["train_diffusion"]

@@ -1,0 +1,160 @@
+"""Text and images in one transformer: what Transfusion's choices do, by training small models that differ in one.
+
+    python benchmarks/unified.py --runs runs/unified --page docs/claims.md
+    python benchmarks/unified.py --runs runs/unified --parts noise decoder --seeds 0
+    python benchmarks/unified.py --from_results runs/unified/unified.json --page docs/claims.md
+
+Trains with the scripts of examples/ on captioned shapes with one object, and measures on captions and images that
+training never reads:
+
+    noise     codes of latents with more and more noise: likelihood of a code, images, captions
+    decoder   PSNR of decoded noisy latents, before and after fine-tuning the decoder on them
+    joint     text alone against text beside images, by the perplexity of captions
+    images    patch sizes, linear layers against a U-Net, causal against bidirectional attention
+
+A table, a picture and a sentence for each claim come out. What is finished in --runs is kept: a killed comparison
+continues, and another seed or part adds to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from trainings import Runs, Training
+from unified_measure import Judge, Settings, last_validation
+from unified_report import page_part, write_page
+from unified_training import CONTINUOUS, DATA, SIGMAS, TEXT, Plan, chain
+
+from hfgen.images import make_grid, save_png
+from hfgen.training.history import write_text
+
+RESULTS_FILE = "unified.json"
+PARTS = ("noise", "decoder", "joint", "images")
+SHOWN = 12  # drawn images of each model
+TRIAL = ("--batch_size", "4", "--limit", "16", "--num_validation_images", "4")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--runs", type=Path, help="folder of all trainings, measurements and results")
+    source.add_argument(
+        "--from_results", type=Path, metavar="FILE",
+        help=f"the {RESULTS_FILE} of another run: report what it holds, train and measure nothing",
+    )  # fmt: skip
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--steps", type=int, default=1000, help="of each transformer (default: 1000)")
+    parser.add_argument(
+        "--decoder_steps", type=int, default=1000,
+        help="of the autoencoder and of each fine-tuning of its decoder (default: 1000)",
+    )  # fmt: skip
+    parser.add_argument("--images", type=int, default=240, help="to draw and to write about (default: 240)")
+    parser.add_argument("--reference", type=int, default=2000, help="true images to compare with (default: 2000)")
+    parser.add_argument("--denoising_steps", type=int, default=25, help="of continuous images (default: 25)")
+    parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free, 1 is off (default: 2)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--page", type=Path, help="renew the measured part of this Markdown page and its pictures")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that the script runs, nothing else")
+    parser.add_argument("--no_progress", action="store_true", help="no progress bars")
+    return parser
+
+
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    arguments = parser.parse_args()
+    if arguments.quick:
+        small = {"steps": 2, "decoder_steps": 2, "images": 8, "reference": 96, "denoising_steps": 2}
+        vars(arguments).update(small)
+    for name in ("steps", "decoder_steps", "denoising_steps", "threads"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} is {getattr(arguments, name)}; it must be at least 1.")
+    if min(arguments.images, arguments.reference) < 2:
+        parser.error("--images and --reference must be at least 2.")
+    if arguments.guidance < 1:
+        parser.error(f"--guidance is {arguments.guidance}; it must be at least 1, which is off.")
+    return arguments
+
+
+def command_line(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
+    """The command with what differs from the defaults, except for folders."""
+    words = ["python benchmarks/unified.py --runs runs/unified --page docs/claims.md"]
+    for name, value in vars(arguments).items():
+        if name not in ("runs", "from_results", "page", "quick", "no_progress") and value != parser.get_default(name):
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return " ".join(words)
+
+
+def plan_of(parts: list[str], seed: int, plan: Plan) -> dict[str, Training]:
+    """By name, the trainings that the parts compare."""
+    wanted: dict[str, Training] = {}
+    if "decoder" in parts:
+        wanted["robust"] = plan.robust_decoder(seed)
+    if "joint" in parts:
+        wanted |= {name: plan.transformer(name, seed) for name in TEXT}
+    if "images" in parts:
+        wanted |= {name: plan.transformer(name, seed) for name in CONTINUOUS}
+    if "noise" in parts:
+        wanted |= {f"discrete-{sigma:g}": plan.discrete(sigma, seed) for sigma in SIGMAS}
+    return wanted
+
+
+def measure(training: Training, runs: Runs, judge: Judge, seed: int, pictures: Path, progress: bool) -> dict:
+    """The last validation of a training, and what its pipeline draws and writes, if it does."""
+    values = last_validation(runs.folder / training.name)
+    if training.script == "train_transfusion" and training.settings.get("text_only_share") is None:
+        found, pixels = judge(runs.final(training), seed, progress=progress)
+        values |= found
+        pictures.mkdir(parents=True, exist_ok=True)
+        save_png(make_grid(pixels[:SHOWN], columns=SHOWN), pictures / f"{training.name.replace('/', '-')}.png")
+    return values
+
+
+def compare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> dict:
+    """Train and measure what is not there yet; all numbers, which are also kept in the folder of the runs."""
+    progress = not arguments.no_progress
+    torch.set_num_threads(arguments.threads)
+    runs = Runs(arguments.runs.resolve(), extra=TRIAL if arguments.quick else (), threads=arguments.threads)
+    plan = Plan(runs, arguments.steps, arguments.decoder_steps, validation_images=96)
+    settings = Settings(arguments.images, arguments.reference, arguments.denoising_steps, arguments.guidance, 60)
+    judge = Judge(settings, DATA["dataset"])
+    results = {
+        "command": command_line(parser, arguments),
+        "seeds": arguments.seeds,
+        "true_images": judge.of_true_images(),
+        "training_seconds": {},
+        "measures": {},
+    }
+    wanted = [
+        (name, seed, training)
+        for seed in arguments.seeds
+        for name, training in plan_of(arguments.parts, seed, plan).items()
+    ]
+    for name, seed, training in (bar := tqdm(wanted, desc="train and measure", disable=not progress)):
+        bar.set_postfix_str(training.name)
+        seconds = [runs.train(each) for each in chain(training)][-1]
+        results["training_seconds"].setdefault(name, {})[str(seed)] = seconds
+        work = partial(measure, training, runs, judge, seed, runs.folder / "pictures", progress)
+        results["measures"].setdefault(name, {})[str(seed)] = runs.measured(training, vars(settings), work)
+        write_text(runs.folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def main() -> None:
+    parser = build_parser()
+    arguments = parse_arguments(parser)
+    if arguments.from_results is None:
+        results = compare(parser, arguments)
+    else:
+        results = json.loads(arguments.from_results.read_text(encoding="utf-8"))
+    print(page_part(results))
+    if arguments.page is not None:
+        write_page(arguments.page, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The trainings of benchmarks/unified.py: train_transfusion.py in both modes, and what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from trainings import Runs, Training
+
+SIGMAS = (0.0, 0.1, 0.3, 1.0)  # of the noise in the latents, whose standard deviation is 1
+ROBUST_SIGMA = 0.5  # of the decoder that is fine-tuned without codes
+CODES = 256
+
+DATA = {"dataset": "shapes:single"}
+SCHEDULE = {"lr_schedule": "cosine", "ema_decay": 0.99, "checkpointing_steps": 0, "validation_steps": 0}
+# With half of the captions after their images, both directions are learned alike.
+TRANSFORMER = {"num_layers": 4, "width": 96, "batch_size": 64, "caption_first_share": 0.5}
+UNET = {"image_adapter": "unet"}
+
+# What is different in each model of continuous images; the number is the side of a patch of latents.
+CONTINUOUS: dict[str, Mapping[str, object]] = {
+    "linear-1": {"patch_size": 1},
+    "linear-2": {"patch_size": 2},
+    "linear-4": {"patch_size": 4},
+    "linear-2-causal": {"patch_size": 2, "causal_images": None},
+    "unet-2": UNET | {"patch_size": 2, "adapter_channels": "32,64"},
+    "unet-4": UNET | {"patch_size": 4, "adapter_channels": "32,64,64"},
+    "unet-2-causal": UNET | {"patch_size": 2, "adapter_channels": "32,64", "causal_images": None},
+}
+# Text alone, and text beside images: every second batch is text.
+TEXT = {
+    "text": {"patch_size": 2, "text_only_share": 1},
+    "joint": {"patch_size": 2, "text_only_share": 0.5},
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all trainings share.
+
+    Attributes:
+        runs: their folder.
+        steps: of a transformer.
+        decoder_steps: of the autoencoder, and again of each fine-tuning of its decoder.
+        validation_images: of a training; text alone is measured on their captions.
+    """
+
+    runs: Runs
+    steps: int
+    decoder_steps: int
+    validation_images: int
+
+    def autoencoder(self) -> Training:
+        """The KL autoencoder of all models: 8 x 8 latents of 4 channels."""
+        return Training("autoencoder", "train_autoencoder_kl", self._decoder(0, 2e-3))
+
+    def transformer(self, name: str, seed: int) -> Training:
+        """A model of continuous images, or of text."""
+        return self._transformer(name, seed, self.autoencoder(), dict((CONTINUOUS | TEXT)[name]))
+
+    def robust_decoder(self, seed: int) -> Training:
+        """The decoder of the autoencoder, fine-tuned on noisy latents without codes."""
+        return self._fine_tuned("robust", seed, {"sigma": ROBUST_SIGMA})
+
+    def noisy_codes(self, sigma: float, seed: int) -> Training:
+        """Codes of latents with this noise, and a decoder that was fine-tuned on them."""
+        return self._fine_tuned(f"codes-{sigma:g}", seed, {"sigma": sigma, "codebook_size": CODES})
+
+    def discrete(self, sigma: float, seed: int) -> Training:
+        """The model of these codes."""
+        codes = self.noisy_codes(sigma, seed)
+        flags = {"image_mode": "discrete", "quantizer": self.runs.final(codes) / "quantizer"}
+        return self._transformer(f"discrete-{sigma:g}", seed, codes, flags)
+
+    def _transformer(self, name: str, seed: int, vae: Training, flags: Mapping[str, object]) -> Training:
+        flags = TRANSFORMER | DATA | {"vae": self.runs.final(vae)} | self._schedule(seed, self.steps) | dict(flags)
+        return Training(f"seed-{seed}/{name}", "train_transfusion", flags, (vae,))
+
+    def _fine_tuned(self, name: str, seed: int, flags: Mapping[str, object]) -> Training:
+        vae = self.autoencoder()
+        flags = self._decoder(seed, 5e-4) | {"vae": self.runs.final(vae)} | dict(flags)
+        return Training(f"seed-{seed}/{name}", "finetune_noise_robust_decoder", flags, (vae,))
+
+    def _decoder(self, seed: int, learning_rate: float) -> dict[str, object]:
+        return DATA | {"learning_rate": learning_rate} | self._schedule(seed, self.decoder_steps)
+
+    def _schedule(self, seed: int, steps: int) -> dict[str, object]:
+        return SCHEDULE | {
+            "seed": seed,
+            "max_train_steps": steps,
+            "warmup_steps": steps // 20,
+            "logging_steps": max(steps // 20, 1),
+            "num_validation_images": self.validation_images,
+        }
+
+
+def chain(training: Training) -> list[Training]:
+    """What has to be trained for a training, in order, and the training itself."""
+    before = {each.name: each for parent in training.after for each in chain(parent)}
+    return [*before.values(), training]
