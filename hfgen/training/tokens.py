@@ -207,11 +207,10 @@ def _preprocessing(config: Any) -> dict[str, Scalar]:
 def _adopt(config: TokenTrainingConfig, cached: Mapping[str, Scalar], source: str) -> list[str]:
     """Give the data flags of ``config`` that are at their defaults the cached values; say where others differ."""
     differences, adopted = [], {}
-    asked = _preprocessing(config)
+    asked, defaults = _preprocessing(config), {field.name: field.default for field in dataclasses.fields(config)}
     for name in _PREPROCESSING:
-        default = _DATA_FIELDS[name].default
-        value = cached.get(name, default)
-        if asked[name] == default:
+        value = cached.get(name, _DATA_FIELDS[name].default)
+        if asked[name] == defaults[name]:  # a script may have other defaults than the rest
             adopted[name] = value
         elif asked[name] != value:
             differences.append(f"--{name} is {asked[name]}, in the cache {value}")

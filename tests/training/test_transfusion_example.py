@@ -237,7 +237,7 @@ def test_codes_of_a_discrete_tokenizer():
 
 
 def test_cached_latents(vae, tmp_path):
-    flags = ["--dataset", "shapes:mixed", "--limit", "64", "--batch_size", "4", "--resolution", "16", "--no_progress"]
+    flags = ["--dataset", "shapes:single", "--limit", "64", "--batch_size", "4", "--resolution", "16", "--no_progress"]
     run_script("cache_latents", tmp_path / "cache", "--tokenizer", str(vae), *flags)
     flags = ["--vae", str(vae), "--cache", str(tmp_path / "cache"), "--patch_size", "2", "--image_adapter", "unet"]
     final = _fit(
@@ -247,6 +247,10 @@ def test_cached_latents(vae, tmp_path):
     config = pipeline.transformer.config
     assert (config.latent_channels, config.image_adapter, config.bidirectional_images) == (4, "unet", False)
     assert pipeline.scheduler.config.prediction_type == "epsilon" and not pipeline.scheduler.config.clip_sample
+    # The script's own default, shapes:mixed, gives way to what the cache holds; another wish does not.
+    assert json.loads((tmp_path / "run" / "training_config.json").read_text())["dataset"] == "shapes:single"
+    with pytest.raises(ValueError, match="--dataset is shapes:double, in the cache shapes:single"):
+        _fit(tmp_path / "other", "--vae", str(vae), "--cache", str(tmp_path / "cache"), "--dataset", "shapes:double")
 
 
 def test_losses_fall(tmp_path):
