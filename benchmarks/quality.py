@@ -3,15 +3,18 @@
     python benchmarks/quality.py var-shapes
     python benchmarks/quality.py titok-shapes --steps 8
     python benchmarks/quality.py flow-shapes --steps 25 --guidance 2
+    python benchmarks/quality.py transfusion-shapes --steps 25 --guidance 2
 
 Reconstruction is measured on images of a split that training never reads, generation on images of every class, or of
-captions of that split: of one object, and of two, where an attribute of the other object is an error of binding.
+captions of that split: of one object, and of two if the pipeline learned that, where an attribute of the other object
+is an error of binding. Pipelines that write are given the images of these captions.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,12 +35,32 @@ from hfgen.models.quantizers.usage import codebook_usage
 ZOO = Path(__file__).resolve().parent.parent / "zoo"
 IMAGE_SIZE = 32  # of all pipelines of the zoo
 
-# The name that each pipeline has for the temperature of its draws, None without such draws.
-TEMPERATURE = {
-    "var-shapes": "temperature", "titok-shapes": "token_temperature", "flow-shapes": None, "meanflow-shapes": None
-}  # fmt: skip
-ONE_OBJECT = ("shape", "colour", "size", "cell", "object", "found")
-TWO_OBJECTS = ("pair_shape", "pair_colour", "pair_size", "pair_object", "pair")
+
+@dataclass(frozen=True)
+class Bundled:
+    """What a pipeline of the zoo is measured by.
+
+    Attributes:
+        temperature: its name for the temperature of its draws, None without such draws.
+        captions: the sources whose captions it learned.
+    """
+
+    temperature: str | None = None
+    captions: tuple[str, ...] = ()
+
+
+PIPELINES = {
+    "var-shapes": Bundled("temperature"),
+    "titok-shapes": Bundled("token_temperature"),
+    "flow-shapes": Bundled(captions=("shapes:single", "shapes:double")),
+    "meanflow-shapes": Bundled(),
+    "transfusion-shapes": Bundled(captions=("shapes:single",)),
+}
+TITLES = {"shapes:single": "one object", "shapes:double": "two objects"}
+READ = {
+    "shapes:single": ("shape", "colour", "size", "cell", "object", "found"),
+    "shapes:double": ("pair_shape", "pair_colour", "pair_size", "pair_object", "pair"),
+}  # of the judge's shares
 
 
 def reconstruction(pipe: DiffusionPipeline, data: ShapesData, batch_size: int) -> dict[str, float]:
@@ -86,10 +109,16 @@ def generation(
 
 
 def text_generation(
-    pipe: DiffusionPipeline, guidance_scale: float, settings: dict, count: int, batch_size: int, seed: int
+    pipe: DiffusionPipeline,
+    guidance_scale: float,
+    settings: dict,
+    sources: tuple[str, ...],
+    count: int,
+    batch_size: int,
+    seed: int,
 ) -> dict[str, float]:
-    """The judge's shares of :func:`judge_captions` for ``count`` captions of one object and as many of two."""
-    captions = unseen("shapes:single", count, "caption") + unseen("shapes:double", count, "caption")
+    """The judge's shares of :func:`judge_captions` for ``count`` captions of each source."""
+    captions = [caption for source in sources for caption in unseen(source, count, "caption")]
     images = []
     for part in tqdm(torch.arange(len(captions)).split(batch_size), desc=f"guidance {guidance_scale:g}"):
         images.append(
@@ -104,10 +133,10 @@ def text_generation(
     return judge_captions(torch.cat(images) * 2 - 1, captions)
 
 
-def captioning(pipe: DiffusionPipeline, count: int, batch_size: int) -> dict[str, float]:
+def captioning(pipe: DiffusionPipeline, sources: tuple[str, ...], count: int, batch_size: int) -> dict[str, float]:
     """The shares of :func:`caption_accuracy` of captions written for unseen images, the likeliest tokens."""
     written, captions = [], []
-    for source in ("shapes:single", "shapes:double"):
+    for source in sources:
         pixels = to_pixels(torch.stack(unseen(source, count, "pixels")))
         captions += unseen(source, count, "caption")
         for part in tqdm(pixels.split(batch_size), desc="caption"):
@@ -137,7 +166,7 @@ def measure_classes(pipe: DiffusionPipeline, arguments: argparse.Namespace, sett
         results[f"{scale:g}"] = accuracy | spread
         rows[f"{scale:g}"] = [accuracy[name] for name in ("label", "worst_class", "shape", "colour", "found")]
     made = f"{arguments.per_class} images of each of {len(CLASS_NAMES)} classes"
-    if TEMPERATURE[arguments.name] is not None:
+    if PIPELINES[arguments.name].temperature is not None:
         made += f", temperature {arguments.temperature:g}"
     print(f"Generation, {made}, judge accuracy:")
     print_table(("class", "worst class", "shape", "colour", "object found"), rows)
@@ -152,28 +181,36 @@ def measure_classes(pipe: DiffusionPipeline, arguments: argparse.Namespace, sett
 
 
 def measure_captions(pipe: DiffusionPipeline, arguments: argparse.Namespace, settings: dict) -> dict:
-    """Measure and print what a pipeline with prompts reaches."""
+    """Measure and print what a pipeline with prompts reaches, and one that also writes."""
+    sources, count = PIPELINES[arguments.name].captions, arguments.captions
     results: dict = {"generation": {}}
     for scale in arguments.guidance:
         results["generation"][f"{scale:g}"] = text_generation(
-            pipe, scale, settings, arguments.captions, arguments.batch_size, arguments.seed
+            pipe, scale, settings, sources, count, arguments.batch_size, arguments.seed
         )
-    for title, names in (("one object", ONE_OBJECT), ("two objects", TWO_OBJECTS)):
-        print(f"Generation from captions of {arguments.captions} unseen images of {title}, judge accuracy:")
-        header = tuple({"cell": "position", "object": "all of these"}.get(name, name) for name in names)
+    for source in sources:
+        print(f"Generation from captions of {count} unseen images of {TITLES[source]}, judge accuracy:")
+        header = tuple({"cell": "position", "object": "all of these"}.get(name, name) for name in READ[source])
         header = tuple(name.removeprefix("pair_") if name != "pair" else "both objects" for name in header)
-        rows = {scale: [row[name] for name in names] for scale, row in results["generation"].items()}
-        print_table(header, rows)
+        print_table(
+            header, {scale: [row[name] for name in READ[source]] for scale, row in results["generation"].items()}
+        )
+    if hasattr(pipe, "caption"):
+        results["captioning"] = captioning(pipe, sources, count, arguments.batch_size)
+        each = " and as many of ".join(f"{count} unseen images of {TITLES[source]}" for source in sources)
+        print(f"Captions written for {each}, attributes right:")
+        for name, value in results["captioning"].items():
+            print(f"  {name:24s} {value:.1%}")
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=sorted(TEMPERATURE), help="pipeline of the zoo")
+    parser.add_argument("name", choices=sorted(PIPELINES), help="pipeline of the zoo")
     parser.add_argument("--images", type=int, default=1000, help="unseen images to reconstruct")
     parser.add_argument("--per_class", type=int, default=50, help="images to generate of each class")
     parser.add_argument(
-        "--captions", type=int, default=500, help="captions of one and of two objects to generate from"
+        "--captions", type=int, default=500, help="captions of one and, if learned, of two objects to generate from"
     )
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="guidance scales")
     parser.add_argument("--temperature", type=float, default=1.0, help="of tokens: divides the guided logits of draws")
@@ -188,8 +225,8 @@ def main() -> None:
     pipe = AutoPipeline.from_pretrained(arguments.path or ZOO / arguments.name, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     more = {"choice_temperature": arguments.choice_temperature, "num_inference_steps": arguments.steps}
-    if TEMPERATURE[arguments.name] is not None:
-        more[TEMPERATURE[arguments.name]] = arguments.temperature
+    if PIPELINES[arguments.name].temperature is not None:
+        more[PIPELINES[arguments.name].temperature] = arguments.temperature
     settings = {name: value for name, value in more.items() if value is not None}
     if arguments.name == "var-shapes":
         settings |= {"top_k": 0, "top_p": 1.0}
@@ -202,11 +239,6 @@ def main() -> None:
             print(f"  {name:24s} {value:.4f}")
     measure = measure_captions if "tokenizer" in pipe.components else measure_classes
     results |= measure(pipe, arguments, settings)
-    if hasattr(pipe, "caption"):
-        results["captioning"] = captioning(pipe, arguments.captions, arguments.batch_size)
-        print(f"Captions of {arguments.captions} unseen images of one object and as many of two, attributes right:")
-        for name, value in results["captioning"].items():
-            print(f"  {name:24s} {value:.1%}")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 

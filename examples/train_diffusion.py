@@ -17,10 +17,9 @@ import torch
 from torch import nn
 
 from hfgen import ImageDiffusionPipeline
-from hfgen.evaluation.judge import judge_labels
-from hfgen.images import make_grid
 from hfgen.losses.diffusion import diffusion_loss, min_snr_weights
-from hfgen.training import Phase, Task, Trainer, Validation, parse_config
+from hfgen.training import Phase, Task, Trainer, parse_config
+from hfgen.training.class_validation import class_validation
 from hfgen.training.diffusion import DiffusionTrainingConfig as Config
 from hfgen.training.diffusion import diffusion_network, diffusion_scheduler
 from hfgen.training.latents import batch_samples, load_autoencoder, sample_classes, sample_shape, training_latents
@@ -62,8 +61,7 @@ class DiffusionTask(Task):
             seed=config.seed,
             guidance_scale=config.guidance_scale,
         )
-        metrics = judge_labels(pixels, labels) if config.dataset == "shapes" else {}
-        return Validation({"samples": make_grid(pixels)}, {f"judge_{name}": value for name, value in metrics.items()})
+        return class_validation(config.dataset, pixels, labels)
 
     def pipeline(self, modules):
         return ImageDiffusionPipeline(modules["transformer"], self.scheduler, self.vae, class_names=self.class_names)

@@ -19,8 +19,6 @@ from torch import nn
 from hfgen import ImageBert, MaskedTokenScheduler, MaskGITPipeline, MaskGITTransformer, UViTBert
 from hfgen.auto import AutoModel
 from hfgen.counters import generator
-from hfgen.evaluation.judge import judge_labels
-from hfgen.images import make_grid
 from hfgen.losses.masked import masked_token_accuracy, masked_token_loss
 from hfgen.sampling.masked_tokens import check_mask_schedule, mask_ratio, random_token_mask
 from hfgen.training import (
@@ -28,12 +26,12 @@ from hfgen.training import (
     Task,
     TokenTrainingConfig,
     Trainer,
-    Validation,
     batch_codes,
     flag,
     parse_config,
     training_tokens,
 )
+from hfgen.training.class_validation import class_validation
 
 
 @dataclass(kw_only=True)
@@ -126,8 +124,7 @@ class MaskGITTask(Task):
             generators = [generator(config.seed, index) for index in part.tolist()]
             images.append(pipeline(labels[part].tolist(), generator=generators, output_type="pt").images.cpu())
         pixels = torch.cat(images) * 2 - 1
-        metrics = judge_labels(pixels, labels) if config.dataset == "shapes" else {}
-        return Validation({"samples": make_grid(pixels)}, {f"judge_{name}": value for name, value in metrics.items()})
+        return class_validation(config.dataset, pixels, labels)
 
     def pipeline(self, modules):
         return MaskGITPipeline(self.tokenizer, modules["transformer"], self.scheduler, class_names=self.class_names)

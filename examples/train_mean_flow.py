@@ -21,10 +21,9 @@ import torch
 from torch import nn
 
 from hfgen import DiT, MeanFlowPipeline
-from hfgen.evaluation.judge import judge_labels
-from hfgen.images import make_grid
 from hfgen.losses.mean_flow import drop_first, mean_flow_loss, sample_interval, trajectory_matching_loss
-from hfgen.training import Phase, Task, Trainer, Validation, parse_config, unwrap
+from hfgen.training import Phase, Task, Trainer, parse_config, unwrap
+from hfgen.training.class_validation import class_validation
 from hfgen.training.latents import batch_samples, load_autoencoder, sample_classes, sample_shape, training_latents
 from hfgen.training.mean_flow import MeanFlowTrainingConfig as Config
 from hfgen.training.mean_flow import class_pairs, questionable_settings
@@ -105,8 +104,7 @@ class MeanFlowTask(Task):
             seed=config.seed,
             num_inference_steps=config.num_inference_steps,
         )
-        metrics = judge_labels(pixels, labels) if config.dataset == "shapes" else {}
-        return Validation({"samples": make_grid(pixels)}, {f"judge_{name}": value for name, value in metrics.items()})
+        return class_validation(config.dataset, pixels, labels)
 
     def pipeline(self, modules):
         return MeanFlowPipeline(modules["transformer"], self.vae, class_names=self.class_names)

@@ -17,19 +17,17 @@ from torch.nn import functional as F
 
 from hfgen import MultiScaleVQVAE, VARPipeline, VARTransformer
 from hfgen.counters import generator
-from hfgen.evaluation.judge import judge_labels
-from hfgen.images import make_grid
 from hfgen.training import (
     Phase,
     Task,
     TokenTrainingConfig,
     Trainer,
-    Validation,
     batch_codes,
     flag,
     parse_config,
     training_tokens,
 )
+from hfgen.training.class_validation import class_validation
 
 NO_DECAY = ("position_embed", "start_embed", "scale_embed", "modulation_table")  # as in the official trainer
 
@@ -109,8 +107,7 @@ class VARTask(Task):
             )
             images.append(output.images.cpu())
         pixels = torch.cat(images) * 2 - 1
-        metrics = judge_labels(pixels, labels) if config.dataset == "shapes" else {}
-        return Validation({"samples": make_grid(pixels)}, {f"judge_{name}": value for name, value in metrics.items()})
+        return class_validation(config.dataset, pixels, labels)
 
     def pipeline(self, modules):
         return VARPipeline(self.tokenizer, modules["transformer"], class_names=self.class_names)
