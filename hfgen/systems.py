@@ -192,7 +192,8 @@ SYSTEMS: tuple[System, ...] = (
         key="parti", title="Parti", published="TMLR 2022", arxiv="2206.10789",
         paper="Scaling Autoregressive Models for Content-Rich Text-to-Image Generation",
         code="lucidrains/parti-pytorch", weights_licence=None,
-        notes="Nothing was released by the authors.",
+        notes="Nothing was released by the authors; the converter transfusion_pytorch reads checkpoints that the open "
+        "implementation made.",
     ),
     System(
         key="make_a_scene", title="Make-A-Scene", published="ECCV 2022", arxiv="2203.13131",
@@ -236,7 +237,8 @@ SYSTEMS: tuple[System, ...] = (
         key="muse", title="Muse", published="ICML 2023", arxiv="2301.00704",
         paper="Muse: Text-To-Image Generation via Masked Generative Transformers",
         code="huggingface/open-muse", weights_licence=None,
-        notes="Nothing was released by the authors.",
+        notes="Nothing was released by the authors; the converter transfusion_pytorch reads checkpoints that the open "
+        "implementation made.",
     ),
     System(
         key="amused", title="aMUSEd", published="2024", arxiv="2401.01808",
@@ -294,7 +296,7 @@ SYSTEMS: tuple[System, ...] = (
         code="Stability-AI/sd3.5", weights_licence="Stability AI Community License",
         pipeline="RectifiedFlowPipeline", converter="sd3",
         autoencoder="stabilityai/stable-diffusion-3-medium-diffusers",
-        examples=("examples/train_rectified_flow.py",),
+        examples=("examples/train_rectified_flow.py",), zoo="flow-shapes",
         notes="The network is diffusers.SD3Transformer2DModel.",
     ),
     System(
@@ -319,7 +321,8 @@ SYSTEMS: tuple[System, ...] = (
         generator="TransfusionTransformer", pipeline="TransfusionPipeline",
         variants=("NoisyLatentQuantizer", "TransfusionFlowTransformer"),
         examples=("examples/train_transfusion.py", "examples/finetune_noise_robust_decoder.py"),
-        notes="Nothing was released by the authors.",
+        notes="Nothing was released by the authors; the converter transfusion_pytorch reads checkpoints that the open "
+        "implementation made.",
     ),
 )
 # fmt: on
@@ -343,7 +346,9 @@ def markdown_table() -> str:
         paper = f"[{system.published}](https://arxiv.org/abs/{system.arxiv})"
         classes = ", ".join(f"`{name}`" for name in system.classes) or "-"
         converter = f"`{system.converter}`" if system.converter else "-"
-        examples = ", ".join(f"[{Path(path).stem}]({path})" for path in system.examples) or "-"
+        links = [f"[{Path(path).stem}]({path})" for path in system.examples]
+        links += [f"trained: [{system.zoo}](zoo/{system.zoo})"] if system.zoo else []
+        examples = ", ".join(links) or "-"
         weights = system.weights_licence or "not released"
         lines.append(f"| {title} | {paper} | {classes} | {weights} | {converter} | {examples} | {system.status} |")
     return "\n".join(lines)
