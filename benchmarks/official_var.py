@@ -124,10 +124,12 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=16)
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images per call")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=7, help="calls of each, in turns; at least 2")
     parser.add_argument("--fuse", action="store_true", help="with transformer.fuse_qkv_projections()")
     arguments = parser.parse_args()
 
+    if arguments.repeats < 2:
+        parser.error(f"--repeats is {arguments.repeats}; it must be at least 2.")
     torch.set_num_threads(arguments.threads)
     official = Official(arguments.repository, arguments.depth)
     ours = Ours(official, arguments.fuse)
@@ -138,12 +140,14 @@ def main() -> None:
     difference = (pixels - expected_pixels).abs().max().item()
 
     times: dict[str, list[tuple[float, ...]]] = {"official": [], "hfgen": []}
+    order = [("official", official), ("hfgen", ours)]
     for _ in range(arguments.repeats):
-        for name, model in (("official", official), ("hfgen", ours)):
+        for name, model in order:
             whole = Stopwatch(model.sample)
             whole(labels)
             decoder = model.decoder
             times[name].append((whole.wall, whole.wall - decoder.wall, whole.cpu, whole.cpu - decoder.cpu))
+        order.reverse()
     print(f"torch {torch.__version__}, d{arguments.depth}, {arguments.batch} image(s), {arguments.threads} thread(s)")
     print(f"tokens equal: {codes.numel()} of {codes.numel()}; largest pixel difference {difference:.1e}")
     print("| | " + " | ".join(f"{column}, median s | min s" for column in COLUMNS) + " |")
@@ -154,6 +158,10 @@ def main() -> None:
         print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in summary[name]) + " |")
     ratios = [theirs / mine for theirs, mine in zip(summary["official"], summary["hfgen"])]
     print("| ratio | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+    # A call and the next one see nearly the same machine, however its speed changes in minutes.
+    pairs = [theirs[0] / mine[0] for theirs, mine in zip(times["official"], times["hfgen"])]
+    low, middle, high = statistics.quantiles(pairs, n=4, method="inclusive")
+    print(f"official / hfgen in {len(pairs)} pairs of calls: median {middle:.2f}, quartiles {low:.2f} to {high:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """Text and images in one transformer: what Transfusion's choices do, by training small models that differ in one.
 
     python benchmarks/unified.py --runs runs/unified --page docs/claims.md
-    python benchmarks/unified.py --runs runs/unified --parts noise decoder --seeds 0
+    python benchmarks/unified.py --runs runs/unified --models discrete-0 discrete-0.1 robust --seeds 0
     python benchmarks/unified.py --from_results runs/unified/unified.json --page docs/claims.md
 
 Trains with the scripts of examples/ on captioned shapes with one object, and measures on captions and images that
 training never reads:
 
-    noise     codes of latents with more and more noise: likelihood of a code, images, captions
-    decoder   PSNR of decoded noisy latents, before and after fine-tuning the decoder on them
-    joint     text alone against text beside images, by the perplexity of captions
-    images    patch sizes, linear layers against a U-Net, causal against bidirectional attention
+    linear-P, unet-P  continuous images in patches of P latents, through linear layers or a U-Net; "causal": ablation
+    text, joint       text alone, and text in every second batch beside images
+    discrete-S        codes of latents with noise of standard deviation S
+    robust            decoding noisy latents, before and after fine-tuning the decoder on them
 
 A table, a picture and a sentence for each claim come out. What is finished in --runs is kept: a killed comparison
-continues, and another seed or part adds to it.
+continues, and another seed or model adds to it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from tqdm.auto import tqdm
 from trainings import Runs, Training
 from unified_measure import Judge, Settings, last_validation
 from unified_report import page_part, write_page
-from unified_training import CONTINUOUS, DATA, SIGMAS, TEXT, Plan, chain
+from unified_training import CONTINUOUS, DATA, DISCRETE, TEXT, Plan, chain
 
 from hfgen.images import make_grid, save_png
 from hfgen.training.history import write_text
 
 RESULTS_FILE = "unified.json"
-PARTS = ("noise", "decoder", "joint", "images")
+MODELS = ("robust", *TEXT, *CONTINUOUS, *DISCRETE)
 SHOWN = 12  # drawn images of each model
 TRIAL = ("--batch_size", "4", "--limit", "16", "--num_validation_images", "4")
 
@@ -47,7 +47,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--from_results", type=Path, metavar="FILE",
         help=f"the {RESULTS_FILE} of another run: report what it holds, train and measure nothing",
     )  # fmt: skip
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME",
+        help=f"of {', '.join(MODELS)} (default: all)",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--steps", type=int, default=1000, help="of each transformer (default: 1000)")
     parser.add_argument(
@@ -89,20 +92,6 @@ def command_line(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
     return " ".join(words)
 
 
-def plan_of(parts: list[str], seed: int, plan: Plan) -> dict[str, Training]:
-    """By name, the trainings that the parts compare."""
-    wanted: dict[str, Training] = {}
-    if "decoder" in parts:
-        wanted["robust"] = plan.robust_decoder(seed)
-    if "joint" in parts:
-        wanted |= {name: plan.transformer(name, seed) for name in TEXT}
-    if "images" in parts:
-        wanted |= {name: plan.transformer(name, seed) for name in CONTINUOUS}
-    if "noise" in parts:
-        wanted |= {f"discrete-{sigma:g}": plan.discrete(sigma, seed) for sigma in SIGMAS}
-    return wanted
-
-
 def measure(training: Training, runs: Runs, judge: Judge, seed: int, pictures: Path, progress: bool) -> dict:
     """The last validation of a training, and what its pipeline draws and writes, if it does."""
     values = last_validation(runs.folder / training.name)
@@ -129,11 +118,7 @@ def compare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> d
         "training_seconds": {},
         "measures": {},
     }
-    wanted = [
-        (name, seed, training)
-        for seed in arguments.seeds
-        for name, training in plan_of(arguments.parts, seed, plan).items()
-    ]
+    wanted = [(name, seed, plan.model(name, seed)) for seed in arguments.seeds for name in arguments.models]
     for name, seed, training in (bar := tqdm(wanted, desc="train and measure", disable=not progress)):
         bar.set_postfix_str(training.name)
         seconds = [runs.train(each) for each in chain(training)][-1]

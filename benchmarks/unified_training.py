@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from trainings import Runs, Training
 
-SIGMAS = (0.0, 0.1, 0.3, 1.0)  # of the noise in the latents, whose standard deviation is 1
+# Codes by the noise in the latents, whose standard deviation is 1.
+DISCRETE = {f"discrete-{sigma:g}": sigma for sigma in (0.0, 0.1, 0.3, 1.0)}
 ROBUST_SIGMA = 0.5  # of the decoder that is fine-tuned without codes
 CODES = 256
 
@@ -54,23 +55,19 @@ class Plan:
         """The KL autoencoder of all models: 8 x 8 latents of 4 channels."""
         return Training("autoencoder", "train_autoencoder_kl", self._decoder(0, 2e-3))
 
-    def transformer(self, name: str, seed: int) -> Training:
-        """A model of continuous images, or of text."""
-        return self._transformer(name, seed, self.autoencoder(), dict((CONTINUOUS | TEXT)[name]))
-
-    def robust_decoder(self, seed: int) -> Training:
-        """The decoder of the autoencoder, fine-tuned on noisy latents without codes."""
-        return self._fine_tuned("robust", seed, {"sigma": ROBUST_SIGMA})
+    def model(self, name: str, seed: int) -> Training:
+        """One of the models that are compared."""
+        if name == "robust":  # the decoder alone, without codes
+            return self._fine_tuned(name, seed, {"sigma": ROBUST_SIGMA})
+        if name not in DISCRETE:
+            return self._transformer(name, seed, self.autoencoder(), dict((CONTINUOUS | TEXT)[name]))
+        codes = self.noisy_codes(DISCRETE[name], seed)
+        flags = {"image_mode": "discrete", "quantizer": self.runs.final(codes) / "quantizer"}
+        return self._transformer(name, seed, codes, flags)
 
     def noisy_codes(self, sigma: float, seed: int) -> Training:
         """Codes of latents with this noise, and a decoder that was fine-tuned on them."""
         return self._fine_tuned(f"codes-{sigma:g}", seed, {"sigma": sigma, "codebook_size": CODES})
-
-    def discrete(self, sigma: float, seed: int) -> Training:
-        """The model of these codes."""
-        codes = self.noisy_codes(sigma, seed)
-        flags = {"image_mode": "discrete", "quantizer": self.runs.final(codes) / "quantizer"}
-        return self._transformer(f"discrete-{sigma:g}", seed, codes, flags)
 
     def _transformer(self, name: str, seed: int, vae: Training, flags: Mapping[str, object]) -> Training:
         flags = TRANSFORMER | DATA | {"vae": self.runs.final(vae)} | self._schedule(seed, self.steps) | dict(flags)

@@ -54,11 +54,11 @@ def compare(modules, monkeypatch, tmp_path):
 def test_all_parts_are_trained_and_measured_once(compare, modules, tmp_path, capsys, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("Above.\n\n<!-- unified: begin -->\nstale\n<!-- unified: end -->\n\nBelow.\n")
-    assert compare("--parts", "decoder", "joint") == ["autoencoder", "robust", "text", "joint"]
+    assert compare("--models", "robust", "text") == ["autoencoder", "robust", "text"]
     trained = compare("--page", page)
     assert "autoencoder" not in trained and trained.index("codes-0.3") < trained.index("discrete-0.3")
     results = json.loads((tmp_path / "unified.json").read_text())
-    models = {*modules["training"].CONTINUOUS, *(f"discrete-{sigma:g}" for sigma in modules["training"].SIGMAS)}
+    models = {*modules["training"].CONTINUOUS, *modules["training"].DISCRETE}
     assert results["measures"].keys() == models | {"robust", "text", "joint"}
     for name in models:
         measured = results["measures"][name]["0"]
@@ -168,7 +168,7 @@ def test_nothing_measured_gives_no_sentence_and_bad_input_is_named(compare, modu
     assert all(claim({}) is None for claim in modules["claims"].CLAIMS)
     for flags, message in (
         (["--guidance", "0.5"], "--guidance is 0.5"),
-        (["--parts", "speed"], "invalid choice: 'speed'"),
+        (["--models", "gan"], "invalid choice: 'gan'"),
     ):
         with pytest.raises(SystemExit):
             compare(*flags)
