@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from trainings import Runs, Training
+from trainings import ROOT, Runs, Training
 from unified_measure import Judge, Settings, last_validation
 from unified_report import page_part, write_page
 from unified_training import CONTINUOUS, DATA, DISCRETE, TEXT, Plan, chain
@@ -34,6 +34,7 @@ from hfgen.images import make_grid, save_png
 from hfgen.training.history import write_text
 
 RESULTS_FILE = "unified.json"
+VAE = Path("zoo/transfusion-shapes/vae")  # below the folder of the repository
 MODELS = ("robust", *TEXT, *CONTINUOUS, *DISCRETE)
 SHOWN = 12  # drawn images of each model
 TRIAL = ("--batch_size", "4", "--limit", "16", "--num_validation_images", "4")
@@ -52,11 +53,14 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(MODELS)} (default: all)",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--steps", type=int, default=1000, help="of each transformer (default: 1000)")
     parser.add_argument(
-        "--decoder_steps", type=int, default=1000,
-        help="of the autoencoder and of each fine-tuning of its decoder (default: 1000)",
+        "--vae", type=Path, default=VAE, metavar="DIR",
+        help=f"KL autoencoder of all models, with 8x8 latents for 32 pixels (default: {VAE})",
     )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=600, help="of each transformer (default: 600)")
+    parser.add_argument(
+        "--decoder_steps", type=int, default=600, help="of each fine-tuning of the decoder (default: 600)"
+    )
     parser.add_argument("--images", type=int, default=240, help="to draw and to write about (default: 240)")
     parser.add_argument("--reference", type=int, default=2000, help="true images to compare with (default: 2000)")
     parser.add_argument("--denoising_steps", type=int, default=25, help="of continuous images (default: 25)")
@@ -78,6 +82,8 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
             parser.error(f"--{name} is {getattr(arguments, name)}; it must be at least 1.")
     if min(arguments.images, arguments.reference) < 2:
         parser.error("--images and --reference must be at least 2.")
+    if arguments.from_results is None and not (ROOT / arguments.vae).is_dir():
+        parser.error(f"--vae {arguments.vae} is not a folder; train one with examples/train_autoencoder_kl.py.")
     if arguments.guidance < 1:
         parser.error(f"--guidance is {arguments.guidance}; it must be at least 1, which is off.")
     return arguments
@@ -108,7 +114,7 @@ def compare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> d
     progress = not arguments.no_progress
     torch.set_num_threads(arguments.threads)
     runs = Runs(arguments.runs.resolve(), extra=TRIAL if arguments.quick else (), threads=arguments.threads)
-    plan = Plan(runs, arguments.steps, arguments.decoder_steps, validation_images=96)
+    plan = Plan(runs, arguments.vae, arguments.steps, arguments.decoder_steps, validation_images=96)
     settings = Settings(arguments.images, arguments.reference, arguments.denoising_steps, arguments.guidance, 60)
     judge = Judge(settings, DATA["dataset"])
     results = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from trainings import Runs, Training
 
@@ -14,8 +15,15 @@ CODES = 256
 
 DATA = {"dataset": "shapes:single"}
 SCHEDULE = {"lr_schedule": "cosine", "ema_decay": 0.99, "checkpointing_steps": 0, "validation_steps": 0}
-# With half of the captions after their images, both directions are learned alike.
-TRANSFORMER = {"num_layers": 4, "width": 96, "batch_size": 64, "caption_first_share": 0.5}
+# Captions are read off images with little noise, in which shapes of a few pixels can be seen.
+TRANSFORMER = {
+    "num_layers": 4,
+    "width": 96,
+    "batch_size": 128,
+    "caption_first_share": 0.6,
+    "image_first_max_timestep": 100,
+    "image_weight": 10,
+}
 UNET = {"image_adapter": "unet"}
 
 # What is different in each model of continuous images; the number is the side of a patch of latents.
@@ -41,45 +49,42 @@ class Plan:
 
     Attributes:
         runs: their folder.
+        vae: folder of the KL autoencoder of all models, with 8 x 8 latents.
         steps: of a transformer.
-        decoder_steps: of the autoencoder, and again of each fine-tuning of its decoder.
+        decoder_steps: of each fine-tuning of its decoder.
         validation_images: of a training; text alone is measured on their captions.
     """
 
     runs: Runs
+    vae: Path
     steps: int
     decoder_steps: int
     validation_images: int
-
-    def autoencoder(self) -> Training:
-        """The KL autoencoder of all models: 8 x 8 latents of 4 channels."""
-        return Training("autoencoder", "train_autoencoder_kl", self._decoder(0, 2e-3))
 
     def model(self, name: str, seed: int) -> Training:
         """One of the models that are compared."""
         if name == "robust":  # the decoder alone, without codes
             return self._fine_tuned(name, seed, {"sigma": ROBUST_SIGMA})
         if name not in DISCRETE:
-            return self._transformer(name, seed, self.autoencoder(), dict((CONTINUOUS | TEXT)[name]))
+            return self._transformer(name, seed, {"vae": self.vae} | dict((CONTINUOUS | TEXT)[name]))
         codes = self.noisy_codes(DISCRETE[name], seed)
-        flags = {"image_mode": "discrete", "quantizer": self.runs.final(codes) / "quantizer"}
-        return self._transformer(name, seed, codes, flags)
+        final = self.runs.final(codes)
+        flags = {"image_mode": "discrete", "vae": final, "quantizer": final / "quantizer"}
+        return self._transformer(name, seed, flags, (codes,))
 
     def noisy_codes(self, sigma: float, seed: int) -> Training:
         """Codes of latents with this noise, and a decoder that was fine-tuned on them."""
         return self._fine_tuned(f"codes-{sigma:g}", seed, {"sigma": sigma, "codebook_size": CODES})
 
-    def _transformer(self, name: str, seed: int, vae: Training, flags: Mapping[str, object]) -> Training:
-        flags = TRANSFORMER | DATA | {"vae": self.runs.final(vae)} | self._schedule(seed, self.steps) | dict(flags)
-        return Training(f"seed-{seed}/{name}", "train_transfusion", flags, (vae,))
+    def _transformer(
+        self, name: str, seed: int, flags: Mapping[str, object], after: tuple[Training, ...] = ()
+    ) -> Training:
+        flags = TRANSFORMER | DATA | self._schedule(seed, self.steps) | dict(flags)
+        return Training(f"seed-{seed}/{name}", "train_transfusion", flags, after)
 
     def _fine_tuned(self, name: str, seed: int, flags: Mapping[str, object]) -> Training:
-        vae = self.autoencoder()
-        flags = self._decoder(seed, 5e-4) | {"vae": self.runs.final(vae)} | dict(flags)
-        return Training(f"seed-{seed}/{name}", "finetune_noise_robust_decoder", flags, (vae,))
-
-    def _decoder(self, seed: int, learning_rate: float) -> dict[str, object]:
-        return DATA | {"learning_rate": learning_rate} | self._schedule(seed, self.decoder_steps)
+        flags = DATA | {"vae": self.vae} | self._schedule(seed, self.decoder_steps) | dict(flags)
+        return Training(f"seed-{seed}/{name}", "finetune_noise_robust_decoder", flags)
 
     def _schedule(self, seed: int, steps: int) -> dict[str, object]:
         return SCHEDULE | {

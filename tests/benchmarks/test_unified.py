@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.example_runs import run_script
+from support.small_autoencoder import save_autoencoder
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = ("0", "1", "2")
@@ -29,8 +30,13 @@ def modules():
     return {module.__name__.removeprefix("unified_"): module for module in (*own, trainings)}
 
 
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory) -> Path:
+    return save_autoencoder(tmp_path_factory.mktemp("vae"))
+
+
 @pytest.fixture
-def compare(modules, monkeypatch, tmp_path):
+def compare(modules, vae, monkeypatch, tmp_path):
     """Run the comparison, with the trainings in this process; the names of the folders that they wrote."""
 
     def call(*arguments):
@@ -43,7 +49,7 @@ def compare(modules, monkeypatch, tmp_path):
             run_script(script, Path(arguments[place + 1]), *arguments[:place], *arguments[place + 2 :], *small)
 
         monkeypatch.setattr(modules["trainings"], "launch", launch)
-        flags = ["--runs", tmp_path, "--quick", "--no_progress", "--seeds", 0, *arguments]
+        flags = ["--runs", tmp_path, "--vae", vae, "--quick", "--no_progress", "--seeds", 0, *arguments]
         monkeypatch.setattr(sys, "argv", ["unified.py", *map(str, flags)])
         modules["unified"].main()
         return trained
@@ -54,9 +60,9 @@ def compare(modules, monkeypatch, tmp_path):
 def test_all_parts_are_trained_and_measured_once(compare, modules, tmp_path, capsys, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("Above.\n\n<!-- unified: begin -->\nstale\n<!-- unified: end -->\n\nBelow.\n")
-    assert compare("--models", "robust", "text") == ["autoencoder", "robust", "text"]
+    assert compare("--models", "robust", "text") == ["robust", "text"]
     trained = compare("--page", page)
-    assert "autoencoder" not in trained and trained.index("codes-0.3") < trained.index("discrete-0.3")
+    assert "robust" not in trained and trained.index("codes-0.3") < trained.index("discrete-0.3")
     results = json.loads((tmp_path / "unified.json").read_text())
     models = {*modules["training"].CONTINUOUS, *modules["training"].DISCRETE}
     assert results["measures"].keys() == models | {"robust", "text", "joint"}
@@ -169,6 +175,7 @@ def test_nothing_measured_gives_no_sentence_and_bad_input_is_named(compare, modu
     for flags, message in (
         (["--guidance", "0.5"], "--guidance is 0.5"),
         (["--models", "gan"], "invalid choice: 'gan'"),
+        (["--vae", "nothing"], "--vae nothing is not a folder"),
     ):
         with pytest.raises(SystemExit):
             compare(*flags)
