@@ -10,7 +10,7 @@ from trainings import Runs, Training
 
 # Codes by the noise in the latents, whose standard deviation is 1.
 DISCRETE = {f"discrete-{sigma:g}": sigma for sigma in (0.0, 0.1, 0.3, 1.0)}
-ROBUST_SIGMA = 0.5  # of the decoder that is fine-tuned without codes
+ROBUST_SIGMA = 0.5  # of the decoder that is fine-tuned without codes: noise half as strong as the latents
 CODES = 256
 
 DATA = {"dataset": "shapes:single"}
