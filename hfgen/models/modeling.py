@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, ClassVar
 
 import torch
-from diffusers.configuration_utils import ConfigMixin
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
@@ -97,8 +98,28 @@ class PortableConfigMixin:
         return read_json_object(json_file, MAX_CONFIG_BYTES)
 
 
+# Names that only some versions of transformers have -> those that all have.
+_CLASS_NAMES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+
+
 class PortablePipelineMixin(PortableConfigMixin):
-    """The same for a pipeline, before ``DiffusionPipeline``; what its index says of the components is checked."""
+    """The same for a pipeline and its components, before ``DiffusionPipeline``; what its index says is checked."""
+
+    def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; what is written names no place that a component was loaded from."""
+        with ExitStack() as stack:
+            for component in self.components.values():
+                if isinstance(component, ConfigMixin):  # those of diffusers would name it
+                    stack.enter_context(_without_place(component))
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The index as JSON."""
+        index = json.loads(super().to_json_string())
+        for name, entry in index.items():
+            if isinstance(entry, list) and len(entry) == 2 and entry[0] == "transformers":
+                index[name] = [entry[0], _CLASS_NAMES.get(entry[1], entry[1])]
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | PathLike) -> dict[str, Any]:
@@ -106,6 +127,17 @@ class PortablePipelineMixin(PortableConfigMixin):
         components, _ = cls._get_signature_keys(cls)
         check_components(index, components)
         return index
+
+
+@contextmanager
+def _without_place(component: ConfigMixin) -> Iterator[None]:
+    """Leave where a component was loaded from out of its configuration meanwhile."""
+    config = component._internal_dict
+    component._internal_dict = FrozenDict({key: value for key, value in config.items() if key != "_name_or_path"})
+    try:
+        yield
+    finally:
+        component._internal_dict = config
 
 
 class HFGenModel(PublishMixin, PortableConfigMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
