@@ -321,6 +321,7 @@ SYSTEMS: tuple[System, ...] = (
         generator="TransfusionTransformer", pipeline="TransfusionPipeline",
         variants=("NoisyLatentQuantizer", "TransfusionFlowTransformer"),
         examples=("examples/train_transfusion.py", "examples/finetune_noise_robust_decoder.py"),
+        zoo="transfusion-shapes",
         notes="Nothing was released by the authors; the converter transfusion_pytorch reads checkpoints that the open "
         "implementation made.",
     ),
