@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--vae", type=Path, default=VAE, metavar="DIR",
         help=f"KL autoencoder of all models, with 8x8 latents for 32 pixels (default: {VAE})",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=600, help="of each transformer (default: 600)")
+    parser.add_argument("--steps", type=int, default=500, help="of each transformer (default: 500)")
     parser.add_argument(
         "--decoder_steps", type=int, default=600, help="of each fine-tuning of the decoder (default: 600)"
     )
