@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pages import with_section
 from unified_claims import CLAIMS, values
+from unified_training import ROBUST_SIGMA
 from verdicts import criterion, listed
 
 from hfgen.images import save_png
@@ -93,8 +94,6 @@ def write_page(page: Path, results: Mapping) -> None:
 
 def noise_curves(measures: Mapping) -> tuple[list[float], dict[str, list[float]], float] | None:
     """Noise, and PSNR before and after fine-tuning, means over the seeds; None if they were not measured."""
-    from unified_training import ROBUST_SIGMA
-
     if "robust" not in measures:
         return None
     first = next(iter(measures["robust"].values()))

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from support.benchmark_modules import benchmark_modules
+
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLING = ["--batch", "2", "--threads", "1", "--repeats", "1"]
 
@@ -16,14 +18,7 @@ SAMPLING = ["--batch", "2", "--threads", "1", "--repeats", "1"]
 @pytest.fixture(scope="module")
 def modules():
     """The modules beside the scripts, by name."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import comparison
-        import official_titok
-        import sampling
-    finally:
-        sys.path.pop(0)
-    return {"comparison": comparison, "official_titok": official_titok, "sampling": sampling}
+    return benchmark_modules("comparison", "official_titok", "sampling")
 
 
 @pytest.fixture

@@ -9,19 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.benchmark_modules import benchmark_modules
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def modules():
     """The script and the module of its system."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import sampling
-        import speed_rectified_flow
-    finally:
-        sys.path.pop(0)
-    return {"sampling": sampling, "flow": speed_rectified_flow}
+    found = benchmark_modules("sampling", "speed_rectified_flow")
+    return {"sampling": found["sampling"], "flow": found["speed_rectified_flow"]}
 
 
 def test_pipelines_of_diffusers_make_the_same(modules, monkeypatch, tmp_path, capsys):

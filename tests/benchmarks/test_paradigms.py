@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.benchmark_modules import benchmark_modules
 from support.example_runs import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,20 +18,9 @@ SEEDS = ("0", "1", "2")
 
 @pytest.fixture(scope="module")
 def modules():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import paradigms
-        import paradigms_claims
-        import paradigms_report
-        import paradigms_sampling
-        import paradigms_training
-        import trainings
-        import verdicts
-    finally:
-        sys.path.pop(0)
-    own = (paradigms, paradigms_claims, paradigms_report, paradigms_sampling, paradigms_training)
-    found = (*own, trainings, verdicts)
-    return {module.__name__.removeprefix("paradigms_"): module for module in found}
+    parts = ("claims", "report", "sampling", "training")
+    found = benchmark_modules("paradigms", *(f"paradigms_{part}" for part in parts), "trainings", "verdicts")
+    return {name.removeprefix("paradigms_"): module for name, module in found.items()}
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from hfgen import VARTransformer
+from support.benchmark_modules import benchmark_modules
 
 ROOT = Path(__file__).resolve().parents[2]
 # Millions of trained parameters as published: TiTok-L's encoder (303.4) and decoder (306.8) with latents and codes.
@@ -19,12 +20,7 @@ PUBLISHED = {"var-d30": 2010.0, "titok-l": 303.4 + 306.8, "llamagen-3b": 3100, "
 
 @pytest.fixture(scope="module")
 def plan():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import plan as module
-    finally:
-        sys.path.pop(0)
-    return module
+    return benchmark_modules("plan")["plan"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

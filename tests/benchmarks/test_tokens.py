@@ -8,6 +8,7 @@ import pytest
 
 from hfgen import MaskedTokenScheduler, MaskGITPipeline, MaskGITTransformer, TiTok
 from hfgen.data.shapes import CLASS_NAMES
+from support.benchmark_modules import benchmark_modules
 from support.example_runs import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,15 +21,13 @@ SMALL = {
 @pytest.fixture(scope="module")
 def modules():
     """The modules beside the script, by name."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import pages
-        import tokens
-        import tokens_page
-        import trainings
-    finally:
-        sys.path.pop(0)
-    return {"pages": pages, "tokens": tokens, "page": tokens_page, "training": trainings}
+    found = benchmark_modules("pages", "tokens", "tokens_page", "trainings")
+    return {
+        "pages": found["pages"],
+        "tokens": found["tokens"],
+        "page": found["tokens_page"],
+        "training": found["trainings"],
+    }
 
 
 @pytest.fixture

@@ -1,19 +1,15 @@
 """The comparison of Transfusion in benchmarks/sampling.py: both paths make the same, and ours does less."""
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+from support.benchmark_modules import benchmark_modules
 
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    module = importlib.import_module("speed_transfusion")
+    module = benchmark_modules("speed_transfusion")["speed_transfusion"]
     monkeypatch.setattr(module, "CONTEXTS", (64,))
     monkeypatch.setattr(module, "STEPS", 2)
     monkeypatch.setattr(module, "TOKENS", 4)

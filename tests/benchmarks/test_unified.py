@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from support.benchmark_modules import benchmark_modules
 from support.example_runs import run_script
 from support.small_autoencoder import save_autoencoder
 
@@ -17,17 +18,8 @@ SEEDS = ("0", "1", "2")
 
 @pytest.fixture(scope="module")
 def modules():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import trainings
-        import unified
-        import unified_claims
-        import unified_report
-        import unified_training
-    finally:
-        sys.path.pop(0)
-    own = (unified, unified_claims, unified_report, unified_training)
-    return {module.__name__.removeprefix("unified_"): module for module in (*own, trainings)}
+    found = benchmark_modules("unified", "unified_claims", "unified_training", "trainings")
+    return {name.removeprefix("unified_"): module for name, module in found.items()}
 
 
 @pytest.fixture(scope="module")
