@@ -42,7 +42,7 @@ def title(name: str) -> str:
 
 
 def table(results: Mapping) -> str:
-    """Markdown: a row for each model that draws and writes, means over the seeds."""
+    """Markdown: a row for each model that draws and writes, means over the seeds; nothing if there is none."""
     head = ["model", "training s", *(name.strip() for name in COLUMNS)]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, by_seed in results["measures"].items():
@@ -54,6 +54,8 @@ def table(results: Mapping) -> str:
             form.format(scale * _mean(values(results["measures"], name, key))) for key, form, scale in COLUMNS.values()
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    if len(lines) == 2:
+        return ""
     limit = results["true_images"]
     cells = [form.format(limit[key]) if key in limit else "" for key, form, _ in COLUMNS.values()]
     return "\n".join([*lines, f"| {' | '.join(['unseen true images', '', *cells])} |"])
@@ -66,9 +68,11 @@ def page_part(results: Mapping) -> str:
     parts = [
         f"Measured by `{results['command']}` with the seeds {seeds}.",
         listed("The criteria, fixed before anything was measured:", [criterion(claim) for claim, _ in judged]),
-        table(results),
+        (shown := table(results)),
         "Means over the seeds; the shares are of attributes that are right in images drawn for captions, and in texts "
-        "written about images. Training seconds are those of the CPU, without autoencoder and codes.",
+        "written about images. Training seconds are those of the CPU, without autoencoder and codes."
+        if shown
+        else "",
         listed("What follows for the claims:", [sentence for _, sentence in judged]),
     ]
     return "\n\n".join(part for part in parts if part)
