@@ -305,7 +305,7 @@ SYSTEMS: tuple[System, ...] = (
         code="Gsunshine/meanflow", weights_licence="MIT",
         generator="DiT", pipeline="MeanFlowPipeline", converter="mean_flow",
         autoencoder="stabilityai/sd-vae-ft-mse",
-        examples=("examples/train_mean_flow.py",),
+        examples=("examples/train_mean_flow.py",), zoo="meanflow-shapes",
         notes="One forward pass per image.",
     ),
     System(
