@@ -6,8 +6,9 @@
 
 The scripts of examples/ train a U-Net and a DiT for diffusion, a DiT for rectified flow, its reflow and distillation,
 MeanFlow, and two forms of trajectory matching, on the built-in shapes. Each is sampled with growing numbers of steps.
-A table, a picture and a sentence for each claim come out. What is finished in --runs is kept: a killed comparison
-continues, and another seed or method adds to it. --from_results makes the report again from the stored numbers.
+A table, a picture and a sentence for each claim come out, of the methods and seeds that are asked for. What is
+finished in --runs is kept: a killed comparison continues, and one with more seeds or methods trains only those.
+--from_results makes the report again from the stored numbers.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import argparse
 import json
 import logging
 from functools import partial
-from pathlib import Path
 
 import torch
+from comparisons import check_counts, command_line, comparison_parser
 from paradigms_report import draw, text, write_page
 from paradigms_sampling import Quality, SamplingSettings, measure, pass_seconds
 from paradigms_training import METHODS, TrainingSettings, training, with_parents
@@ -27,6 +28,7 @@ from trainings import Runs
 
 from hfgen.training.history import write_text
 
+COMMAND = "python benchmarks/paradigms.py --runs runs/paradigms --page docs/paradigms.md"
 RESULTS_FILE, PICTURE_FILE = "paradigms.json", "paradigms.png"
 QUICK = {
     "budget": 2, "batch_size": 4, "resolution": 16, "pairs": 8, "pair_steps": 2, "steps": [1, 4], "per_class": 2,
@@ -35,18 +37,11 @@ QUICK = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--runs", type=Path, help="folder of all trainings, measurements and results")
-    source.add_argument(
-        "--from_results", type=Path, metavar="FILE",
-        help=f"the {RESULTS_FILE} of another run: report what it holds, train and measure nothing",
-    )  # fmt: skip
+    parser = comparison_parser(__doc__, RESULTS_FILE)
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
         help=f"of {', '.join(METHODS)}; what they build on is added (default: all)",
     )  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--budget", type=int, default=3000, help="optimizer steps of each method (default: 3000)")
     parser.add_argument("--batch_size", type=int, default=32, help="images per step (default: 32)")
     parser.add_argument("--learning_rate", type=float, default=1e-2, help="peak, then a cosine (default: 0.01)")
@@ -68,10 +63,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--sides", type=int, nargs="*", default=[16, 32, 48, 64],
         help="sides of images whose cost per pass is measured, multiples of 4 (default: 16 32 48 64)",
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--page", type=Path, help="renew the measured part of this Markdown page and its picture")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that the script runs, nothing else")
-    parser.add_argument("--no_progress", action="store_true", help="no progress bars")
     return parser
 
 
@@ -79,25 +70,12 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.quick:
         vars(arguments).update(QUICK)
-    for name in ("budget", "batch_size", "pairs", "pair_steps", "threads"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} is {getattr(arguments, name)}; it must be at least 1.")
-    if arguments.guidance < 1:
-        parser.error(f"--guidance is {arguments.guidance}; it must be at least 1, which is off.")
+    check_counts(parser, arguments, ("budget", "batch_size", "pairs", "pair_steps", "threads"))
     if min(arguments.steps) < 1 or arguments.per_class < 2:
         parser.error("--steps must be at least 1 and --per_class at least 2.")
     if any(side < 4 or side % 4 for side in arguments.sides):
         parser.error(f"--sides are {arguments.sides}; the U-Net needs multiples of 4.")
     return arguments
-
-
-def command_line(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
-    """The command with what differs from the defaults, except for folders."""
-    words = ["python benchmarks/paradigms.py --runs runs/paradigms --page docs/paradigms.md"]
-    for name, value in vars(arguments).items():
-        if name not in ("runs", "from_results", "page", "quick", "no_progress") and value != parser.get_default(name):
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return " ".join(words)
 
 
 def compare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> dict:
@@ -125,7 +103,7 @@ def compare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> d
     quality = Quality(sampling)
     torch.set_num_threads(threads)
     results = {
-        "command": command_line(parser, arguments),
+        "command": command_line(COMMAND, parser, arguments),
         "training": vars(settings),
         "seeds": arguments.seeds,
         "steps": sampling.steps,

@@ -82,7 +82,7 @@ class Runs:
         arguments = [*output, *training.arguments(), *self.extra]
         launch(self.launcher, training.script, arguments, self.log(training), self.threads)
         after = os.times()
-        cpu = after.children_user + after.children_system - before.children_user - before.children_system
+        cpu = (after.children_user - before.children_user) + (after.children_system - before.children_system)
         record = {"key": key, "cpu_seconds": cpu, "wall_seconds": time.perf_counter() - start}
         write_text(done, json.dumps(record, indent=1) + "\n")
         return cpu

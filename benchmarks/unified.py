@@ -12,8 +12,8 @@ training never reads:
     discrete-S        codes of latents with noise of standard deviation S
     robust            decoding noisy latents, before and after fine-tuning the decoder on them
 
-A table, a picture and a sentence for each claim come out. What is finished in --runs is kept: a killed comparison
-continues, and another seed or model adds to it.
+A table, a picture and a sentence for each claim come out, of the models and seeds that are asked for. What is finished
+in --runs is kept: a killed comparison continues, and one with more seeds or models trains only those.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from comparisons import check_counts, command_line, comparison_parser
 from tqdm.auto import tqdm
 from trainings import ROOT, Runs, Training
 from unified_measure import Judge, Settings, last_validation
@@ -33,6 +34,7 @@ from unified_training import CONTINUOUS, DATA, DISCRETE, TEXT, Plan, chain
 from hfgen.images import make_grid, save_png
 from hfgen.training.history import write_text
 
+COMMAND = "python benchmarks/unified.py --runs runs/unified --page docs/claims.md"
 RESULTS_FILE = "unified.json"
 VAE = Path("zoo/transfusion-shapes/vae")  # below the folder of the repository
 MODELS = ("robust", *TEXT, *CONTINUOUS, *DISCRETE)
@@ -41,18 +43,11 @@ TRIAL = ("--batch_size", "4", "--limit", "16", "--num_validation_images", "4")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--runs", type=Path, help="folder of all trainings, measurements and results")
-    source.add_argument(
-        "--from_results", type=Path, metavar="FILE",
-        help=f"the {RESULTS_FILE} of another run: report what it holds, train and measure nothing",
-    )  # fmt: skip
+    parser = comparison_parser(__doc__, RESULTS_FILE)
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME",
         help=f"of {', '.join(MODELS)} (default: all)",
     )  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument(
         "--vae", type=Path, default=VAE, metavar="DIR",
         help=f"KL autoencoder of all models, with 8x8 latents for 32 pixels (default: {VAE})",
@@ -65,10 +60,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--reference", type=int, default=2000, help="true images to compare with (default: 2000)")
     parser.add_argument("--denoising_steps", type=int, default=25, help="of continuous images (default: 25)")
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free, 1 is off (default: 2)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--page", type=Path, help="renew the measured part of this Markdown page and its pictures")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that the script runs, nothing else")
-    parser.add_argument("--no_progress", action="store_true", help="no progress bars")
     return parser
 
 
@@ -77,25 +68,12 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if arguments.quick:
         small = {"steps": 2, "decoder_steps": 2, "images": 8, "reference": 96, "denoising_steps": 2}
         vars(arguments).update(small)
-    for name in ("steps", "decoder_steps", "denoising_steps", "threads"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} is {getattr(arguments, name)}; it must be at least 1.")
+    check_counts(parser, arguments, ("steps", "decoder_steps", "denoising_steps", "threads"))
     if min(arguments.images, arguments.reference) < 2:
         parser.error("--images and --reference must be at least 2.")
     if arguments.from_results is None and not (ROOT / arguments.vae).is_dir():
         parser.error(f"--vae {arguments.vae} is not a folder; train one with examples/train_autoencoder_kl.py.")
-    if arguments.guidance < 1:
-        parser.error(f"--guidance is {arguments.guidance}; it must be at least 1, which is off.")
     return arguments
-
-
-def command_line(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
-    """The command with what differs from the defaults, except for folders."""
-    words = ["python benchmarks/unified.py --runs runs/unified --page docs/claims.md"]
-    for name, value in vars(arguments).items():
-        if name not in ("runs", "from_results", "page", "quick", "no_progress") and value != parser.get_default(name):
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return " ".join(words)
 
 
 def measure(training: Training, runs: Runs, judge: Judge, seed: int, pictures: Path, progress: bool) -> dict:
@@ -118,7 +96,7 @@ def compare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> d
     settings = Settings(arguments.images, arguments.reference, arguments.denoising_steps, arguments.guidance, 60)
     judge = Judge(settings, DATA["dataset"])
     results = {
-        "command": command_line(parser, arguments),
+        "command": command_line(COMMAND, parser, arguments),
         "seeds": arguments.seeds,
         "true_images": judge.of_true_images(),
         "training_seconds": {},

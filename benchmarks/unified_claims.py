@@ -24,27 +24,24 @@ def values(measures: Measures, model: str, quantity: str) -> list[float]:
 
 
 def noisy_codes_are_easier(measures: Measures) -> str | None:
-    """C22. Two comparisons of codes of latents with noise of 0.1, the example of the requirement documents, with codes
-    of clean latents: the next code is likelier (nats per code), and the images drawn are better (Frechet distance).
-    Holds if both are certainly better with noise; each has its own codes and decoder, so that the first alone says
-    little: codes that say less about the image are likelier."""
+    """C22. Two comparisons of codes of latents with noise of 0.1 with codes of clean latents: the next code is
+    likelier (nats per code), and the images drawn are better (Frechet distance). Holds if both are certainly better
+    with noise; each has its own codes and decoder, so that the first alone says little: codes that say less about the
+    image are likelier."""
     pairs = [[values(measures, model, name) for model in (NOISY, CLEAN)] for name in ("image_loss", "frechet")]
     if not all(each for pair in pairs for each in pair):
         return None
     verdict = together([below(*pair) for pair in pairs])
     models = [name for name in measures if name.startswith("discrete-")]
     trends = []
-    for name, title in (
-        ("image_loss", "nats per code"),
-        ("frechet", "Frechet distance"),
-        ("draw_attributes", "right"),
+    for name, title, form in (
+        ("image_loss", "Nats per code", "{:.2f}"),
+        ("frechet", "Frechet distance", "{:.2f}"),
+        ("draw_attributes", "Attributes drawn right", "{:.0%}"),
     ):
-        form = "{:.0%}" if name == "draw_attributes" else "{:.2f}"
-        found = "; ".join(
-            f"{model.removeprefix('discrete-')}: {spread(values(measures, model, name), form)}" for model in models
-        )
-        trends.append(f"{title} by sigma {found}")
-    return f"C22, noisy tokens are easier to model than clean ones: **{verdict}**. {'. '.join(trends).capitalize()}."
+        found = [f"{spread(values(measures, model, name), form)} with noise {model.split('-')[1]}" for model in models]
+        trends.append(f"{title}: {', '.join(found)}.")
+    return f"C22, noisy tokens are easier to model than clean ones: **{verdict}**. {' '.join(trends)}"
 
 
 def decoders_restore(measures: Measures) -> str | None:

@@ -46,33 +46,38 @@ def test_sampling_compares_equal_outputs(system, parts, run, tmp_path, capsys):
         assert f"| {row['part']} | float32 | 1 | 2 |" in printed
 
 
+@pytest.fixture
+def quality(tmp_path):
+    """Run benchmarks/quality.py as a program; its numbers and what it printed."""
+
+    def run_quality(*arguments):
+        output = tmp_path / "rows.json"
+        command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), *arguments, "--json", str(output)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
+        assert result.returncode == 0, result.stderr
+        return json.loads(output.read_text()), result.stdout
+
+    return run_quality
+
+
 @pytest.mark.parametrize(("name", "psnr"), [("var-shapes", 28), ("titok-shapes", 24)])
-def test_quality(name, psnr, tmp_path):
-    output = tmp_path / "rows.json"
-    script = str(ROOT / "benchmarks" / "quality.py")
-    arguments = [name, "--images", "16", "--per_class", "1", "--guidance", "2", "--json", str(output)]
-    result = subprocess.run(
-        [sys.executable, script, *arguments], capture_output=True, text=True, timeout=200, cwd=ROOT
-    )
-    assert result.returncode == 0, result.stderr
-    rows = json.loads(output.read_text())
+def test_quality(name, psnr, quality):
+    rows, _ = quality(name, "--images", "16", "--per_class", "1", "--guidance", "2")
     assert rows["reconstruction"]["psnr"] > psnr and rows["generation"]["2"]["label"] > 0.5
 
 
+def test_quality_of_one_pass(quality):
+    rows, _ = quality("meanflow-shapes", "--per_class", "2", "--guidance", "1", "--steps", "1")
+    assert rows["generation"]["1"]["label"] > 0.6 and "reconstruction" not in rows
+
+
 @pytest.mark.parametrize("name", ["flow-shapes", "transfusion-shapes"])
-def test_quality_of_captions(name, tmp_path):
-    output = tmp_path / "rows.json"
-    script = str(ROOT / "benchmarks" / "quality.py")
-    arguments = [name, "--captions", "8", "--steps", "8", "--guidance", "2", "--json", str(output)]
-    result = subprocess.run(
-        [sys.executable, script, *arguments], capture_output=True, text=True, timeout=200, cwd=ROOT
-    )
-    assert result.returncode == 0, result.stderr
-    rows, attributes = json.loads(output.read_text()), ("shape", "colour", "size", "cell")
-    shares = rows["generation"]["2"]
-    assert min(shares[attribute] for attribute in attributes) > 0.7 and "| 2 | " in result.stdout
+def test_quality_of_captions(name, quality):
+    rows, printed = quality(name, "--captions", "8", "--steps", "8", "--guidance", "2")
+    shares, attributes = rows["generation"]["2"], ("shape", "colour", "size", "cell")
+    assert min(shares[attribute] for attribute in attributes) > 0.7 and "| 2 | " in printed
     if name == "flow-shapes":  # learned two objects, and does not write
-        assert shares["pair_size"] > 0.7 and "both objects" in result.stdout and "captioning" not in rows
+        assert shares["pair_size"] > 0.7 and "both objects" in printed and "captioning" not in rows
     else:
         assert min(rows["captioning"][attribute] for attribute in attributes) > 0.7 and "pair" not in shares
 

@@ -113,6 +113,21 @@ def test_launcher_and_a_failing_script(modules, monkeypatch, tmp_path):
     assert log.read_text() == "done\n"
 
 
+def test_the_time_of_a_training_is_that_of_its_process(modules, monkeypatch, tmp_path):
+    monkeypatch.setattr(modules["training"], "ROOT", tmp_path)
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "train.py").write_text(
+        "import pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1], 'final').mkdir(parents=True)\n"
+        "while time.process_time() < 0.5: pass\n"
+    )
+    runs = modules["training"].Runs(tmp_path / "runs")
+    training = modules["training"].Training("a", "train", {"flag": None, "value": 1})
+    assert training.arguments() == ["--flag", "--value", "1"]
+    seconds = runs.train(training)
+    assert 0.5 <= seconds < 30 and runs.train(training) == seconds  # the second call only reads it
+
+
 def test_sampling_steps_stop_at_the_number_of_tokens(run, tmp_path):
     tokenizer = TiTok(
         image_size=32, encoder_patch_size=8, decoder_patch_size=8, encoder_width=8, encoder_layers=1, encoder_heads=1,

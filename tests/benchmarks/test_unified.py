@@ -108,7 +108,9 @@ def test_noisy_codes(nats, frechet, expected, modules):
         discrete_0={"image_loss": 3.0, "frechet": 5.0, "draw_attributes": 0.5},
         discrete_0_p1={"image_loss": nats, "frechet": frechet, "draw_attributes": 0.5},
     )
-    assert verdict(modules["claims"].noisy_codes_are_easier(measures)) == expected
+    sentence = modules["claims"].noisy_codes_are_easier(measures)
+    assert verdict(sentence) == expected
+    assert "Frechet distance: " in sentence and "50% (48% to 52%) with noise 0.1." in sentence
 
 
 @pytest.mark.parametrize(
