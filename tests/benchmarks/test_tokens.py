@@ -1,6 +1,7 @@
 """The page about tokens: trainings run once, and its sentences and tables follow from the numbers."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -126,6 +127,13 @@ def test_the_time_of_a_training_is_that_of_its_process(modules, monkeypatch, tmp
     assert training.arguments() == ["--flag", "--value", "1"]
     seconds = runs.train(training)
     assert 0.5 <= seconds < 30 and runs.train(training) == seconds  # the second call only reads it
+
+
+def test_no_time_is_not_a_little_less_than_none(modules, monkeypatch, tmp_path):
+    training = modules["training"]
+    monkeypatch.setattr(training, "launch", lambda *_: None)  # 0.01 + 0.02 - 0.01 - 0.02 is -3e-18
+    monkeypatch.setattr(training.os, "times", lambda: os.times_result((0.0, 0.0, 0.01, 0.02, 0.0)))
+    assert training.Runs(tmp_path).train(training.Training("a", "train", {})) == 0
 
 
 def test_sampling_steps_stop_at_the_number_of_tokens(run, tmp_path):

@@ -7,7 +7,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from hfgen.models.layers import large_conv
+from hfgen.models.layers import large_conv, winograd
 from hfgen.models.layers.conv import vqgan_decoder
 from hfgen.models.layers.large_conv import NearestUpsampleConv, conv_over
 
@@ -17,6 +17,13 @@ def everything_is_large(monkeypatch):
     monkeypatch.setattr(large_conv, "_MAPPED_BYTES", 0)
     monkeypatch.setattr(large_conv, "_SUBPIXEL_BYTES", 0)
     monkeypatch.setattr(large_conv, "_BAND_ROWS", 3)
+
+
+@pytest.fixture
+def everything_is_filtered(everything_is_large, monkeypatch):
+    """By Winograd's algorithm, in bands of four rows."""
+    monkeypatch.setattr(large_conv, "_WINOGRAD_BYTES", 0)
+    monkeypatch.setattr(winograd, "_BAND_BYTES", 0)
 
 
 class Doubled(nn.Module):
@@ -66,16 +73,56 @@ def test_a_conv_over_its_input_equals_the_conv(everything_is_large, height, layo
     torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("height", [1, 2, 3, 4, 5, 7, 8, 9, 13])
+@torch.no_grad()
+def test_filtering_by_winograd_equals_the_conv(everything_is_filtered, monkeypatch, height, tiles, bias):
+    torch.manual_seed(0)
+    conv, images = nn.Conv2d(6, 6, 3, padding=1, bias=bias), torch.randn(2, 6, height, 5)
+    monkeypatch.setattr(winograd, "_BAND_BYTES", 4 * tiles * images[0, :, 0].nbytes)
+    expected = conv(images)
+    result = conv_over(conv, images)
+    assert result.data_ptr() == images.data_ptr()
+    torch.testing.assert_close(result, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+def test_filtering_by_winograd_rounds_little(monkeypatch):
+    torch.manual_seed(0)
+    conv, images = nn.Conv2d(160, 160, 3, padding=1), torch.randn(1, 160, 96, 96)
+    assert images.nbytes >= large_conv._WINOGRAD_BYTES
+    exact = F.conv2d(images.double(), conv.weight.double(), conv.bias.double(), padding=1)
+    plain, filtered = conv(images), conv_over(conv, images)
+    assert not torch.equal(filtered, plain)  # the algorithm did run
+    assert (filtered - exact).abs().max() <= 3e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("change", ["layout", "dtype"])
+@torch.no_grad()
+def test_what_is_not_plain_is_not_filtered(everything_is_filtered, change):
+    torch.manual_seed(0)
+    dtype, layout = torch.float32, torch.contiguous_format
+    if change == "dtype":
+        dtype = torch.bfloat16
+    else:
+        layout = torch.channels_last
+    conv = nn.Conv2d(4, 4, 3, padding=1).to(dtype=dtype, memory_format=layout)
+    images = torch.randn(1, 4, 6, 5).to(dtype=dtype, memory_format=layout)
+    expected = torch.cat([conv(images[:, :, :4])[:, :, :3], conv(images[:, :, 2:])[:, :, 1:]], dim=2)  # its two bands
+    torch.testing.assert_close(conv_over(conv, images), expected)
+
+
 @pytest.mark.parametrize("how", CHANGES)
 @torch.no_grad()
-def test_a_conv_over_its_input_calls_the_module(everything_is_large, how):
+def test_a_conv_over_its_input_calls_the_module(everything_is_filtered, how):
     conv, images = nn.Conv2d(4, 4, 3, padding=1), torch.randn(1, 4, 7, 5)
     expected = 2 * conv(images)
     torch.testing.assert_close(conv_over(doubled(conv, how), images), expected)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_input_stays_where_it_may_be_needed(everything_is_large, autocast):
+def test_the_input_stays_where_it_may_be_needed(everything_is_filtered, autocast):
     conv, images = nn.Conv2d(4, 4, 3, padding=1), torch.randn(1, 4, 7, 5)
     before = images.clone()
     with torch.set_grad_enabled(not autocast), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -121,9 +168,10 @@ def test_upsampling_keeps_adapters_and_hooks(everything_is_large, how):
     torch.testing.assert_close(upsample(images), expected)
 
 
+@pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @torch.no_grad()
-def test_the_decoder_is_the_same_for_large_images(monkeypatch, layout):
+def test_the_decoder_is_the_same_for_large_images(monkeypatch, layout, filtered):
     torch.manual_seed(0)
     decoder, latents = vqgan_decoder(4, 3, (8, 16, 16), norm_num_groups=4).eval(), torch.randn(2, 4, 3, 5)
     decoder.to(memory_format=layout)
@@ -131,4 +179,7 @@ def test_the_decoder_is_the_same_for_large_images(monkeypatch, layout):
     expected = decoder(latents)
     for name, value in (("_MAPPED_BYTES", 0), ("_SUBPIXEL_BYTES", 0), ("_BAND_ROWS", 5)):
         monkeypatch.setattr(large_conv, name, value)
+    if filtered:
+        monkeypatch.setattr(large_conv, "_WINOGRAD_BYTES", 0)
+        monkeypatch.setattr(winograd, "_BAND_BYTES", 0)
     torch.testing.assert_close(decoder(latents), expected, rtol=1e-4, atol=1e-5)

@@ -9,12 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hfgen.models.layers.winograd import winograd_conv_over
+
 # malloc of glibc maps blocks of this size anew each time, and then every page costs a fault: for a conv at full
 # resolution, whose kernel also wants copies of input and output in its own layout, as long as a third of the products.
 _MAPPED_BYTES = 2**25
 _BAND_ROWS = 64
 # For smaller images preparing the kernels costs more than they save.
 _SUBPIXEL_BYTES = 2**20
+# Below, the sums take longer than the products that they save.
+_WINOGRAD_BYTES = 5 * 2**20
 
 
 def in_cpu_inference(images: Tensor) -> bool:
@@ -28,11 +32,15 @@ def conv_over(conv: nn.Module, images: Tensor) -> Tensor:
     """``conv(images)``, written over ``images`` where these are large.
 
     Args:
-        conv: a 3x3 conv with a padding of 1 and as many output as input channels; it is called as a module, on bands
-            of rows, so that adapters and hooks work.
+        conv: a 3x3 conv with a padding of 1 and as many output as input channels. A plain one in float32 takes half of
+            the products; another one is called as a module, on bands of rows, so that adapters and hooks work.
         images: (B, C, H, W) that nobody else needs.
     """
-    if not in_cpu_inference(images) or images[0].nbytes <= _MAPPED_BYTES:
+    if not in_cpu_inference(images):
+        return conv(images)
+    if images[0].nbytes >= _WINOGRAD_BYTES and _is_plain(conv) and _is_plain_tensor(images):
+        return winograd_conv_over(images, conv.weight, conv.bias)
+    if images[0].nbytes <= _MAPPED_BYTES:
         return conv(images)
     height = images.shape[2]
     for image in images.split(1):
@@ -73,7 +81,11 @@ def _is_plain(conv: nn.Module) -> bool:
     hooked = "forward" in vars(conv) or conv._forward_hooks or conv._forward_pre_hooks
     if hooked or type(conv) is not nn.Conv2d or type(conv.weight) is not nn.Parameter:
         return False
-    return conv.weight.device.type == "cpu" and conv.weight.dtype == torch.float32 and conv.weight.is_contiguous()
+    return conv.weight.device.type == "cpu" and _is_plain_tensor(conv.weight)
+
+
+def _is_plain_tensor(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
 def _subpixel_conv(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
