@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from helping import HelpFormatter
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -100,7 +101,7 @@ def train(data: Dataset, tokenizer: MultiScaleVQVAE, folder: Path, steps: int, w
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--images", type=int, default=2000, help="rows of the data set")
     parser.add_argument("--steps", type=int, default=30, help="training steps per row of the table")
     parser.add_argument("--workers", type=int, nargs="+", default=[0], help="numbers of data loading processes")

@@ -25,6 +25,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from helping import HelpFormatter
 from official_var import fill
 from timing import alternate
 from torch import Tensor, nn
@@ -201,14 +202,14 @@ def check_equal(part: str, comparison: Comparison) -> str:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("repository", type=Path, help="a clone of bytedance/1d-tokenizer; its code is run")
     parser.add_argument("--model", choices=MODELS, default="l32", help="s128 has the UViT, the others ImageBert")
-    parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS)
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS, help="what is timed")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images per call")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="sampling steps")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="calls of each, in turns")
     arguments = parser.parse_args()
     if not (arguments.repository / "modeling" / "titok.py").is_file():
         parser.error(f"{arguments.repository} is no clone of bytedance/1d-tokenizer: it has no modeling/titok.py")

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from helping import HelpFormatter
 from torch import Tensor, nn
 
 from hfgen import VARPipeline
@@ -119,9 +120,9 @@ class Ours:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("repository", type=Path, help="a clone of FoundationVision/VAR; its code is run")
-    parser.add_argument("--depth", type=int, default=16)
+    parser.add_argument("--depth", type=int, default=16, help="blocks of the transformer")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images per call")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads")
     parser.add_argument("--repeats", type=int, default=7, help="calls of each, in turns; at least 2")

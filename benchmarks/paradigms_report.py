@@ -61,7 +61,7 @@ def text(results: Mapping) -> str:
     seconds = results["pass_seconds"]
     parts = [
         f"Measured by `{results['command']}` with the seeds {', '.join(map(str, results['seeds']))}.",
-        listed("The criteria, fixed before anything was measured:", criteria(results["measures"], seconds)),
+        listed("The criteria, fixed before these models were trained:", criteria(results["measures"], seconds)),
         table(results),
         "The cells hold the Frechet distance and the accuracy, means over the seeds.",
         listed("What follows for the claims:", sentences(results["measures"], seconds)),

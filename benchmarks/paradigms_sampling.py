@@ -41,11 +41,14 @@ STRAIGHTNESS_STEPS, STRAIGHTNESS_IMAGES = 16, 64
 
 
 def _ddim(trained) -> DDIMScheduler:
-    return DDIMScheduler(**trained, timestep_spacing="trailing", clip_sample=True)
+    return DDIMScheduler(**trained, timestep_spacing="trailing", clip_sample=False)
 
 
 def _dpm_solver(trained) -> DPMSolverMultistepScheduler:
-    return DPMSolverMultistepScheduler(**trained, timestep_spacing="trailing", algorithm_type="dpmsolver++")
+    # Under the cosine schedule the first log-SNR is nearly minus infinity.
+    return DPMSolverMultistepScheduler(
+        **trained, timestep_spacing="trailing", algorithm_type="dpmsolver++", lambda_min_clipped=-5.1
+    )
 
 
 # From the noise schedule of training, a dict without entries for flows; None leaves what the pipeline has.

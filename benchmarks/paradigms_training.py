@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trainings import Training
 
+LATENTS = "latents"  # the folder of the cache
 ADAMW_RATIO = 0.2  # learning rate of AdamW, which trains U-Nets and the outer layers of DiT, to that of Muon
 
 
@@ -35,12 +36,17 @@ class Method:
 DIFFUSION = ("ddim", "dpm-solver++")
 
 
+# Noise alone says little about latents where they are nearly all noise, and latents cannot be clipped as pixels can: so
+# v is predicted (arXiv 2202.00512), under the cosine schedule (arXiv 2102.09672), which spends less time there.
+_DIFFUSION = {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"}
+
+
 def _unet(channels: str, head_dim: int) -> dict[str, object]:
-    return {"model": "unet", "channels": channels, "attention_head_dim": head_dim}
+    return _DIFFUSION | {"model": "unet", "channels": channels, "attention_head_dim": head_dim}
 
 
 def _dit(width: int) -> dict[str, object]:
-    return {"model": "dit", "width": width}
+    return _DIFFUSION | {"model": "dit", "width": width}
 
 
 # U-Net and DiT have three sizes of about equal numbers of parameters: 0.14, 0.42 and 1.0 million.
@@ -80,8 +86,10 @@ class TrainingSettings:
     Attributes:
         budget: optimizer steps of each method; reflow and distillation spend theirs on top of their parent's.
         batch_size: images per step.
+        vae: folder of the KL autoencoder of all methods.
+        images: to train on.
         resolution: side of the images in pixels.
-        patch_size: of the transformers.
+        patch_size: of the transformers, in latents.
         learning_rate: peak of the cosine schedule, for matrices; a fifth of it for the rest.
         guidance: w; pairs are made with it and MeanFlow learns it.
         num_pairs: of noise and image, for reflow and distillation.
@@ -90,6 +98,8 @@ class TrainingSettings:
 
     budget: int
     batch_size: int
+    vae: Path
+    images: int
     resolution: int
     patch_size: int
     learning_rate: float
@@ -137,7 +147,9 @@ def training_flags(name: str, seed: int, settings: TrainingSettings, runs: Path)
             "guidance_scale": guidance,
         }
     else:
-        flags |= {"resolution": settings.resolution, "num_inference_steps": 1 if "mean" in method.script else 16}
+        flags |= {"vae": settings.vae, "resolution": settings.resolution, "limit": settings.images}
+        flags["num_inference_steps"] = 1 if "mean" in method.script else 16
+        flags |= {"pairs": pairs_folder(runs, method.parent, seed)} if method.parent else {"cache": runs / LATENTS}
     if flags.get("model") == "unet":
         flags["learning_rate"] = ADAMW_RATIO * settings.learning_rate
     else:
@@ -146,8 +158,6 @@ def training_flags(name: str, seed: int, settings: TrainingSettings, runs: Path)
             flags["patch_size"] = settings.patch_size
     if name == "mean_flow":
         flags["kappa"] = 1 - 1 / settings.guidance  # with omega 1, a guidance of 1 / (1 - kappa)
-    if name == "matching_pairs":
-        flags["pairs"] = pairs_folder(runs, method.parent, seed)
     return flags
 
 
@@ -165,9 +175,15 @@ def pairs_folder(runs: Path, name: str, seed: int) -> Path:
     return runs / f"seed-{seed}" / f"{name}-pairs"
 
 
+def latents(settings: TrainingSettings) -> Training:
+    """The cache of latents, which all methods and seeds share."""
+    flags = {"tokenizer": settings.vae, "resolution": settings.resolution, "limit": settings.images}
+    return Training(LATENTS, "cache_latents", flags, result="cache.json")
+
+
 def training(name: str, seed: int, settings: TrainingSettings, runs: Path) -> Training:
     """The run of a method's script."""
     method = METHODS[name]
-    after = () if method.parent is None else (training(method.parent, seed, settings, runs),)
+    before = latents(settings) if method.parent is None else training(method.parent, seed, settings, runs)
     flags = training_flags(name, seed, settings, runs)
-    return Training(run_name(name, seed), method.script, flags, after)
+    return Training(run_name(name, seed), method.script, flags, (before,))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from diffusers import SD3Transformer2DModel
+from helping import HelpFormatter
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -245,7 +246,7 @@ def estimate(name: str, plan: Plan, parallelism: str, gpus: int, batch: int, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), nargs="+", default=list(MODELS), help="which recipes")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 256], metavar="N", help="numbers of GPUs")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="images per GPU and micro-step")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from helping import HelpFormatter
 from tqdm import tqdm
 
 from hfgen.auto import AutoPipeline
@@ -205,7 +206,7 @@ def measure_captions(pipe: DiffusionPipeline, arguments: argparse.Namespace, set
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("name", choices=sorted(PIPELINES), help="pipeline of the zoo")
     parser.add_argument("--images", type=int, default=1000, help="unseen images to reconstruct")
     parser.add_argument("--per_class", type=int, default=50, help="images to generate of each class")
@@ -216,8 +217,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="of tokens: divides the guided logits of draws")
     parser.add_argument("--choice_temperature", type=float, help="titok-shapes: noise of the choice of what stays")
     parser.add_argument("--steps", type=int, help="sampling steps; by default those of the pipeline")
-    parser.add_argument("--batch_size", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=100, help="images per call")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise and the draws")
     parser.add_argument("--path", type=Path, help="measure this pipeline folder instead of the bundled one")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args()

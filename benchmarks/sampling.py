@@ -28,6 +28,7 @@ import speed_transfusion
 import speed_var
 import torch
 from comparison import COLUMNS, measure
+from helping import HelpFormatter
 
 SYSTEMS = {
     "var": speed_var,
@@ -39,15 +40,16 @@ SYSTEMS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--system", choices=SYSTEMS, default="var")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--system", choices=SYSTEMS, default="var", help="what is timed")
     sizes = "; ".join(f"{name}: {', '.join(system.SIZES)}" for name, system in SYSTEMS.items())
     parser.add_argument("--size", help=f"of the model, the first of its system by default. {sizes}")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="images per call")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="CPU threads")
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"],
+                        help="of the weights")  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
+    parser.add_argument("--repeats", type=int, default=5, help="calls of each path, in turns")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     system = SYSTEMS[arguments.system]

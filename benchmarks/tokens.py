@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helping import HelpFormatter
 from pages import with_section
 from tokens_measure import BATCH, reconstruct, sample, save_curves, save_rows, unseen_images
 from tokens_page import markers, section
@@ -211,7 +212,7 @@ def rewrite(page: Path, results: dict[str, Any]) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--runs", type=Path, required=True, help="folder of the trainings, their logs and results.json"
     )

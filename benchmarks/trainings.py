@@ -27,12 +27,14 @@ class Training:
         script: in ``examples/``, without ``.py``.
         settings: its flags, without ``--output_dir``; None for a flag without a value.
         after: trainings whose results it reads; it is repeated when one of them changes.
+        result: what its folder holds once it is done.
     """
 
     name: str
     script: str
     settings: Mapping[str, object]
     after: tuple[Training, ...] = ()
+    result: str = "final"
 
     def arguments(self) -> list[str]:
         flags = ([f"--{name}", *([] if value is None else [str(value)])] for name, value in self.settings.items())
@@ -48,8 +50,8 @@ class Runs:
     """The folder of all trainings.
 
     Attributes:
-        folder: holds for each training ``NAME/final``, the output ``NAME.log``, and once it is done ``NAME.json``;
-            what was measured of it is in ``NAME-measures.json``.
+        folder: holds for each training ``NAME/final``, or another result, the output ``NAME.log``, and once it is done
+            ``NAME.json``; what was measured of it is in ``NAME-measures.json``.
         launcher: words before the command, such as ``("nice",)``.
         extra: more arguments for every script, such as those of a trial.
         threads: CPU threads of a training.
@@ -61,7 +63,7 @@ class Runs:
     threads: int = 1
 
     def final(self, training: Training) -> Path:
-        return self.folder / training.name / "final"
+        return self.folder / training.name / training.result
 
     def train(self, training: Training) -> float:
         """CPU seconds that the training took, now or in an earlier call with the same settings.

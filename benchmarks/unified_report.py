@@ -67,7 +67,7 @@ def page_part(results: Mapping) -> str:
     seeds = ", ".join(map(str, results["seeds"]))
     parts = [
         f"Measured by `{results['command']}` with the seeds {seeds}.",
-        listed("The criteria, fixed before anything was measured:", [criterion(claim) for claim, _ in judged]),
+        listed("The criteria, fixed before these models were trained:", [criterion(claim) for claim, _ in judged]),
         (shown := table(results)),
         "Means over the seeds; the shares are of attributes that are right in images drawn for captions, and in texts "
         "written about images. Training seconds are those of the CPU, without autoencoder and codes."

@@ -1,6 +1,6 @@
 """Write the latents of a data set into a cache, which every training script of a generator takes with --cache.
 
-    accelerate launch examples/cache_latents.py --tokenizer stabilityai/sd-vae-ft-mse --dataset images \
+    accelerate launch examples/cache_latents.py --tokenizer stabilityai/sd-vae-ft-mse --dataset images \\
       --resolution 256 --flip --variants 2 --output_dir runs/latents
 
 The tokenizer is a diffusers.AutoencoderKL or a continuous tokenizer of hfgen. Of a KL autoencoder the mean and the

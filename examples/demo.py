@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--pipeline", default=str(ROOT / "zoo" / "var-shapes"), help="folder or Hub id")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder for the pictures")
     parser.add_argument("--images-per-class", type=int, default=4, help="images of each class for the judge")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the images (default: 0)")
     options = parser.parse_args()
 
     pipeline = VARPipeline.from_pretrained(options.pipeline, dtype=torch.float32)

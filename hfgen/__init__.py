@@ -65,8 +65,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_EXPORTS})
 
 
-# In a checkout, hfgen.pipelines, hfgen.conversion and hfgen.zoo are folders beside the package; setup.py maps them
-# when hfgen is installed, and this finds them when it is not.
+# In a checkout, hfgen.pipelines and hfgen.conversion are folders beside the package; setup.py maps them when hfgen is
+# installed, and this finds them when it is not.
 _CHECKOUT = Path(__file__).resolve().parent.parent
 if (_CHECKOUT / "pyproject.toml").is_file():
     __path__.append(str(_CHECKOUT))

@@ -242,5 +242,5 @@ def _labels(text: str) -> list[int | str] | str:
         elif item:
             labels.append(item)
     if not labels:
-        raise argparse.ArgumentTypeError(f"{text!r} names no class")
+        raise argparse.ArgumentTypeError(f"{text!r} names no class; give numbers, ranges as LOW-HIGH, or names")
     return labels

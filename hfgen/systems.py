@@ -192,8 +192,7 @@ SYSTEMS: tuple[System, ...] = (
         key="parti", title="Parti", published="TMLR 2022", arxiv="2206.10789",
         paper="Scaling Autoregressive Models for Content-Rich Text-to-Image Generation",
         code="lucidrains/parti-pytorch", weights_licence=None,
-        notes="Nothing was released by the authors; the converter transfusion_pytorch reads checkpoints that the open "
-        "implementation made.",
+        notes="Nothing was released by the authors; the code is an open implementation.",
     ),
     System(
         key="make_a_scene", title="Make-A-Scene", published="ECCV 2022", arxiv="2203.13131",
@@ -237,8 +236,7 @@ SYSTEMS: tuple[System, ...] = (
         key="muse", title="Muse", published="ICML 2023", arxiv="2301.00704",
         paper="Muse: Text-To-Image Generation via Masked Generative Transformers",
         code="huggingface/open-muse", weights_licence=None,
-        notes="Nothing was released by the authors; the converter transfusion_pytorch reads checkpoints that the open "
-        "implementation made.",
+        notes="Nothing was released by the authors; the code is an open implementation.",
     ),
     System(
         key="amused", title="aMUSEd", published="2024", arxiv="2401.01808",

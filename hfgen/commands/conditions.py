@@ -56,7 +56,11 @@ def asked_for(pipeline: DiffusionPipeline, options: argparse.Namespace) -> Condi
         raise ValueError(f"This {type(pipeline).__name__} needs a condition: give {OPTIONS[takes]}.")
     values, names = given[takes], {}
     if takes == "class_labels":
-        values = range(number_of_classes(pipeline.transformer)) if values == "all" else values
+        count = number_of_classes(pipeline.transformer)
+        values = range(count) if values == "all" else values
+        for label in values:  # the pipeline itself takes one more, which is no class
+            if isinstance(label, int) and label >= count:
+                raise ValueError(f"--labels: {label} is out of range; the classes are 0 to {count - 1}.")
         names = dict(enumerate(pipeline.class_names or ()))
     values = [value for value in values for _ in range(options.num)]
     return Conditions(takes, values, [str(names.get(value, value)) for value in values])
@@ -83,6 +87,8 @@ def given_prompts(options: argparse.Namespace) -> list[str] | None:
     path: Path = options.prompts_file
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise OSError(f"--prompts-file {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts-file {path} is no UTF-8 text: {error}.") from error
     prompts = [line.strip() for line in lines if line.strip()]

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from hfgen.commands.shared import load_tokenizer, torch_device, torch_dtype
+from hfgen.commands.shared import check_folder, load_tokenizer, torch_device, torch_dtype
 from hfgen.data.rows import decode_image
 from hfgen.data.transforms import center_crop, resize_shorter_side, to_pixels, to_tensor, to_uint8
 from hfgen.evaluation.reconstruction import psnr
@@ -18,6 +18,7 @@ from hfgen.pipelines.latents import downsample_factor
 
 def run(options: argparse.Namespace) -> str:
     """One picture per image, the original on the left, and the PSNR between the two."""
+    check_folder(options.output)
     tokenizer = load_tokenizer(options.tokenizer, torch_dtype(options.dtype)).to(torch_device(options.device))
     targets = [options.output / f"{path.stem}.png" for path in options.images]
     if len(set(targets)) < len(targets):

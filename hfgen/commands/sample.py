@@ -13,9 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from hfgen.auto import AutoPipeline
 from hfgen.commands.conditions import asked_for
-from hfgen.commands.shared import torch_device, torch_dtype
+from hfgen.commands.shared import check_folder, load_pipeline, torch_device, torch_dtype
 from hfgen.counters import generator
 from hfgen.data.transforms import to_uint8
 from hfgen.images import make_grid, save_npz, save_png
@@ -42,7 +41,8 @@ STEM = 40  # characters of a class name or prompt in the name of a file
 def run(options: argparse.Namespace) -> str:
     """Image number i is drawn from the counters (seed, i), whatever batch it is in."""
     device = torch_device(options.device)
-    pipeline = AutoPipeline.from_pretrained(options.pipeline, dtype=torch_dtype(options.dtype)).to(device)
+    check_folder(options.output)
+    pipeline = load_pipeline(options.pipeline, torch_dtype(options.dtype)).to(device)
     pipeline.set_progress_bar_config(disable=True)
     settings = chosen_settings(pipeline, options)
     recorder = step_recorder(pipeline) if options.gif else None

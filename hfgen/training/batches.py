@@ -137,6 +137,7 @@ def validation_images(config: TrainingConfig) -> Tensor:
     try:
         data = _load(config, split=config.validation_split, crop="center", flip=False, limit=limit)
     except ValueError as error:
+        _load(config, split="train", crop="center", flip=False, limit=limit)  # raises if the data set is not there
         raise ValueError(
             f"No validation images: {error}. Name another with --validation_split; 'train' shows training images."
         ) from error
