@@ -36,8 +36,8 @@ class Method:
 DIFFUSION = ("ddim", "dpm-solver++")
 
 
-# Noise alone says little about latents where they are nearly all noise, and latents cannot be clipped as pixels can: so
-# v is predicted (arXiv 2202.00512), under the cosine schedule (arXiv 2102.09672), which spends less time there.
+# Noise alone says little about latents where they are nearly all noise, and latents cannot be clipped as pixels can:
+# so v is predicted (arXiv 2202.00512), under the cosine schedule (arXiv 2102.09672), which spends less time there.
 _DIFFUSION = {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"}
 
 
