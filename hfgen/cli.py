@@ -147,8 +147,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_device(reconstruct)
 
     convert = _command(commands, "convert", "official checkpoints into a folder", CONVERT_EXAMPLES)
-    convert.add_argument("system", help="name of the converter, see `hfgen systems`; without files the name of "
-                         "official weights, see `hfgen systems --weights`")  # fmt: skip
+    convert.add_argument("system", help="name of the converter, see `hfgen systems`, or maskgit_vqgan, var_vqvae "
+                         "or transfusion_pytorch; without files the name of official weights, see "
+                         "`hfgen systems --weights`")  # fmt: skip
     convert.add_argument("files", metavar="FILE", nargs="*", type=Path, help="official checkpoint files or folders")
     convert.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
     convert.add_argument("--overwrite", action="store_true", help="replace a saved model or pipeline at DIR")

@@ -60,7 +60,7 @@ def asked_for(pipeline: DiffusionPipeline, options: argparse.Namespace) -> Condi
         values = range(count) if values == "all" else values
         for label in values:  # the pipeline itself takes one more, which is no class
             if isinstance(label, int) and label >= count:
-                raise ValueError(f"--labels: {label} is out of range; the classes are 0 to {count - 1}.")
+                raise ValueError(f"Class label {label} is out of range; the classes are 0 to {count - 1}.")
         names = dict(enumerate(pipeline.class_names or ()))
     values = [value for value in values for _ in range(options.num)]
     return Conditions(takes, values, [str(names.get(value, value)) for value in values])

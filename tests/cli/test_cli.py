@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import hfgen
 from hfgen.cli import main
-from hfgen.conversion import to_original
+from hfgen.conversion import systems, to_original
 from hfgen.counters import generator
 from hfgen.systems import SYSTEMS
 from support.instances import build_model, build_pipeline
@@ -83,12 +83,33 @@ def test_sample_grid_and_npz(pipeline_folder, tmp_path):
 def test_sample_names_what_is_wrong(pipeline_folder, tmp_path, capsys):
     start = ("sample", pipeline_folder, "--output", tmp_path / "out", "--labels")
     assert "out of range" in error_of(capsys, *start, "0,99")
+    assert "the classes are 0 to 4" in error_of(capsys, *start, "4,5")  # 5 is no class, for the pipeline itself
     assert "red circle" in error_of(capsys, *start, "red circle")
     assert "--num-inference-steps" in error_of(capsys, *start, "0", "--num-inference-steps", "3")
     assert "top_p" in error_of(capsys, *start, "0", "--top-p", "2")
     assert "warp" in error_of(capsys, *start, "0", "--device", "warp")
-    assert "model_index.json" in error_of(capsys, "sample", tmp_path / "nothing", "--labels", "0")
+    missing = tmp_path / "missing.txt"
+    assert f"--prompts-file {missing} cannot" in error_of(capsys, *start[:-1], "--prompts-file", missing)
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").touch()
+    assert "out is a file" in error_of(capsys, *start, "0")
+
+
+@pytest.mark.parametrize("command", [("sample",), ("reconstruct", "image.png")])
+def test_a_folder_without_what_is_asked_for_is_said_to_be_what_it_is(command, tmp_path, capsys):
+    def message(source):
+        return error_of(capsys, command[0], source, *command[1:])
+
+    wanted = "pipeline" if command[0] == "sample" else "tokenizer"
+    assert "There is no folder" in message(tmp_path / "nothing") and "Hub" in message("nothing/of_this_name")
+    assert f"is not the folder of a {wanted}" in message(tmp_path)
+    (tmp_path / "final").mkdir()
+    assert f"its {wanted} is {tmp_path / 'final'}" in message(tmp_path)
+
+
+def test_sample_sends_a_tokenizer_to_reconstruct(tmp_path, capsys):
+    build_model("MultiScaleVQVAE").save_pretrained(tmp_path)
+    assert "`hfgen reconstruct`" in error_of(capsys, "sample", tmp_path)
 
 
 def test_debug_shows_the_traceback(tmp_path):
@@ -241,6 +262,13 @@ def test_help_shows_examples(command, capsys):
         main([command, "--help"])
     assert stop.value.code == 0
     assert f"  hfgen {command} " in capsys.readouterr().out.partition("examples:")[2] + " "
+
+
+def test_help_of_convert_names_the_converters_that_the_table_lacks(capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in set(systems()) - {system.converter for system in SYSTEMS})
 
 
 def test_labels_that_name_nothing(capsys):

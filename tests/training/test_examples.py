@@ -221,6 +221,10 @@ def test_own_images(tmp_path, monkeypatch):
     ]  # fmt: skip
     with pytest.raises(ValueError, match="No validation images.*--validation_split; 'train' shows"):
         _fit(module, arguments)
+    missing = [str(tmp_path / "nothing") if value == str(images) else value for value in arguments]
+    with pytest.raises(ValueError, match="nothing' is not a folder: check the path") as error:
+        _fit(module, missing)
+    assert "--validation_split" not in str(error.value)
     _fit(module, [*arguments, "--validation_split", "train"])
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert records[0]["skipped_images"] >= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,14 @@ def _fit(folder: Path, vae: Path, *arguments: str) -> Path:
 def tuned(vae, tmp_path_factory) -> Path:
     flags = ["--max_train_steps", "40", "--batch_size", "8", "--learning_rate", "1e-2", "--ema_decay", "0"]
     return _fit(tmp_path_factory.mktemp("tuned"), vae, *flags, "--checkpointing_steps", "0")
+
+
+def test_without_matplotlib_the_curve_is_a_table(vae, monkeypatch, tmp_path):
+    monkeypatch.setattr("diffusers.utils.is_matplotlib_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it is an error
+    _fit(tmp_path, vae)
+    assert "| 0.5 |" in (tmp_path / "psnr_against_noise.md").read_text()
+    assert not list(tmp_path.glob("validation/*psnr*"))
 
 
 def test_only_the_decoder_changes(vae, tuned):
