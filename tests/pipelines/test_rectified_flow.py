@@ -95,6 +95,13 @@ def test_other_schedulers(scheduler):
     torch.testing.assert_close(end, start / torch.e, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_steps_are_of_equal_length(steps):
+    pipe = pipeline()
+    pipe(class_labels=0, num_inference_steps=steps, output_type="latent")
+    torch.testing.assert_close(pipe.scheduler.sigmas, torch.linspace(1, 0, steps + 1))
+
+
 def test_times_are_those_of_the_scheduler():
     pipe, seen = pipeline(linear(), FlowMatchEulerDiscreteScheduler(shift=3.0)), []
     pipe.transformer.register_forward_pre_hook(
