@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hfgen.models.generators.dit import DiT
 from hfgen.models.generators.ncsnpp import NCSNpp
+from hfgen.sampling.flow_paths import even_sigmas
 
 Condition = dict[str, Tensor]
 TIME_UNITS = 1000.0  # the timestep of sigma = 1
@@ -94,7 +95,7 @@ class LabelFlowNetwork(FlowNetwork):
         return self.config.patch_size
 
     def default_sigmas(self, num_inference_steps: int) -> list[float] | None:
-        return _even_sigmas(num_inference_steps)
+        return even_sigmas(num_inference_steps)
 
     @property
     def num_classes(self) -> int:
@@ -149,7 +150,7 @@ class FluxFlowNetwork(PromptFlowNetwork):
         return self.config.in_channels // 4
 
     def default_sigmas(self, num_inference_steps: int) -> list[float] | None:
-        return _even_sigmas(num_inference_steps)
+        return even_sigmas(num_inference_steps)
 
     def _call(self, latents: Tensor, timestep: Tensor, condition: Condition, guidance_scale: float) -> Tensor:
         height, width = latents.shape[-2] // 2, latents.shape[-1] // 2
@@ -199,8 +200,3 @@ def flow_network(transformer: nn.Module, guidance_channels: int | None = None) -
             "has those of the input; a diffusion with learned variance runs in ImageDiffusionPipeline."
         )
     return network(transformer, guidance_channels)
-
-
-def _even_sigmas(num_inference_steps: int) -> list[float]:
-    """Steps of equal length from noise to data; of those of the schedulers, the last begins at 0.001."""
-    return [1 - step / num_inference_steps for step in range(num_inference_steps)]

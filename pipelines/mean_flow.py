@@ -30,6 +30,7 @@ from hfgen.pipelines.latents import (
 )
 from hfgen.pipelines.outputs import ImageGenerationOutput
 from hfgen.publishing import PublishMixin
+from hfgen.sampling.flow_paths import even_sigmas
 from hfgen.sampling.guidance import guide
 
 
@@ -206,7 +207,7 @@ class MeanFlowPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, Dif
         if latents is None:
             latents = initial_noise((len(labels), *self.latent_shape(height, width)), generator, device)
         latents = latents.to(device=device, dtype=torch.float32)
-        starts = [1 - i / num_inference_steps for i in range(num_inference_steps)] if sigmas is None else list(sigmas)
+        starts = even_sigmas(num_inference_steps) if sigmas is None else list(sigmas)
         # Guiding an unconditional image by itself changes nothing, so its second half is not computed.
         scale = 1.0 if class_labels is None else guidance_scale
         if scale != 1:

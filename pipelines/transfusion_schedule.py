@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from hfgen.pipelines import flow_steps
+from hfgen.sampling.flow_paths import even_sigmas
 from hfgen.sampling.gaussian_diffusion import PREDICTION_TYPES
 from hfgen.schedulers.respaced_ddpm import RespacedDDPMScheduler
 
@@ -83,7 +84,7 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int | None, de
         raise ValueError(f"num_inference_steps must be between 1 and {trained}, got {num_inference_steps}.")
     arguments: dict[str, Any] = {}
     if is_flow(scheduler) and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-        arguments["sigmas"] = [1 - step / num_inference_steps for step in range(num_inference_steps)]
+        arguments["sigmas"] = even_sigmas(num_inference_steps)
     scheduler.set_timesteps(num_inference_steps, device=device, **arguments)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else the scheduler would look for each timestep on the device

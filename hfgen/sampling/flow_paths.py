@@ -17,6 +17,11 @@ FLOW_PATHS = ("straight", "polynomial", "vp", "linear-vp", "cosine")
 _BETA_MIN, _BETA_MAX = 0.1, 20.0  # of "vp", the variance-preserving diffusion of score SDE (arXiv 2011.13456)
 
 
+def even_sigmas(num_steps: int) -> list[float]:
+    """The times at which steps of equal length from noise to data begin; the last of diffusers begins at 0.001."""
+    return [1 - step / num_steps for step in range(num_steps)]
+
+
 @dataclass(frozen=True)
 class PathCoefficients:
     """``alpha`` and ``sigma`` of a path and their derivatives by time; tensors of the shape of the times."""
