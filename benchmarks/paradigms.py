@@ -66,8 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--per_class", type=int, default=10, help="images to make of each class (default: 10)")
     parser.add_argument("--reference", type=int, default=4800, help="true images to compare with (default: 4800)")
     parser.add_argument(
-        "--sides", type=int, nargs="*", default=[16, 32, 48, 64],
-        help="sides of images whose cost per pass is measured, multiples of 4 (default: 16 32 48 64)",
+        "--sides", type=int, nargs="*", default=[16, 32, 64, 128],
+        help="sides of images whose cost per pass is measured, multiples of 4 (default: 16 32 64 128)",
     )  # fmt: skip
     return parser
 

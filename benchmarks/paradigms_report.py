@@ -104,6 +104,7 @@ def draw(path: Path, results: Mapping) -> None:
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     points = [row for row in rows(results) if not row["method"].endswith(("_s", "_m"))]
     series = list(dict.fromkeys((row["method"], row["sampler"]) for row in points))
@@ -114,14 +115,14 @@ def draw(path: Path, results: Mapping) -> None:
         colour = colormaps["tab20"](number % 20)
         for row, quantity in enumerate(("frechet", "accuracy")):
             for column in range(2):
-                x = [r["nfe"] if column == 0 else _mean(r["seconds"]) for r in own]
+                x = [r["nfe"] if column == 0 else 1e3 * _mean(r["seconds"]) for r in own]
                 means = [_mean(r[quantity]) for r in own]
                 panel = axes[row][column]
                 panel.plot(x, means, marker="o", ms=4, color=colour, label=f"{METHODS[name].title}, {sampler}")
                 low, high = ([pick(r[quantity]) for r in own] for pick in (min, max))
                 panel.fill_between(x, low, high, color=colour, alpha=0.15)
                 panel.vlines(x, low, high, color=colour, alpha=0.4)
-    for column, label in enumerate(("passes of the network (NFE)", "CPU seconds per image, one thread")):
+    for column, label in enumerate(("passes of the network (NFE)", "CPU milliseconds per image, one thread")):
         axes[1][column].set_xlabel(label)
         for row, (quantity, name) in enumerate((("frechet", "Frechet distance"), ("accuracy", "class accuracy"))):
             panel = axes[row][column]
@@ -130,6 +131,11 @@ def draw(path: Path, results: Mapping) -> None:
             panel.grid(alpha=0.3)
             axes[row][0].set_ylabel(name)
     axes[0][0].set_yscale("log")
+    for axis in (axes[0][0].yaxis, axes[1][1].xaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes[1][0].xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     temporary = path.with_name(path.name + ".tmp")
