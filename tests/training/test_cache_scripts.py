@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -36,6 +35,8 @@ from hfgen.training import (
 )
 from hfgen.training.batches import collate
 from hfgen.training.history import History
+from support.benchmark_modules import benchmark_modules
+from support.example_runs import load_script
 from support.instances import build_model
 from support.torchrun import torchrun
 
@@ -214,11 +215,11 @@ def test_the_script_for_latents(tmp_path, tokenizer_folder, autoencoder, monkeyp
     autoencoder.save_pretrained(tmp_path / "kl" / "vae")
     arguments = ["--resolution", "8", "--limit", "6", "--no_progress", "--output_dir", str(tmp_path / "cache")]
     monkeypatch.setattr(sys, "argv", ["x", "--tokenizer", str(tmp_path / "kl"), "--subfolder", "vae", *arguments])
-    _module("cache_latents").main()
+    load_script("cache_latents").main()
     assert TokenCache(tmp_path / "cache").info.tokenizer.class_name == "AutoencoderKL"
     monkeypatch.setattr(sys, "argv", ["x", "--tokenizer", str(tokenizer_folder), *arguments])
     with pytest.raises(ValueError, match="has a codebook: use cache_tokens.py"):
-        _module("cache_latents").main()
+        load_script("cache_latents").main()
 
 
 def test_a_tokenizer_that_can_have_codes_and_has_none(tmp_path, monkeypatch):
@@ -227,8 +228,8 @@ def test_a_tokenizer_that_can_have_codes_and_has_none(tmp_path, monkeypatch):
     arguments = ["--resolution", "8", "--limit", "6", "--no_progress", "--output_dir", str(tmp_path / "cache")]
     monkeypatch.setattr(sys, "argv", ["x", "--tokenizer", str(tmp_path / "titok"), *arguments])
     with pytest.raises(ValueError, match="has no codebook: use cache_latents.py"):
-        _module("cache_tokens").main()
-    _module("cache_latents").main()
+        load_script("cache_tokens").main()
+    load_script("cache_latents").main()
     cache = TokenCache(tmp_path / "cache")
     assert cache.info.tokenizer.class_name == "TiTok" and cache.info.kind == "latents"
     images = training_images(_config(tmp_path / "other", limit=6))
@@ -299,14 +300,6 @@ def test_codes_written_on_the_way(tmp_path, tokenizer, photos):
         training_tokens(trainer.config, tokenizer, trainer)
 
 
-def _module(name: str, folder: str = "examples"):
-    spec = importlib.util.spec_from_file_location(f"{folder}_{name}", EXAMPLES.parent / folder / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_var_trains_on_a_cache_without_waiting(tmp_path, tokenizer_folder, tokenizer, monkeypatch):
     """A cache, a cache made on the way and images give the same run; with a cache the data takes no time."""
     monkeypatch.setattr(History, "plot", lambda self: None)
@@ -319,7 +312,7 @@ def test_var_trains_on_a_cache_without_waiting(tmp_path, tokenizer_folder, token
     runs = {"cache": ["--cache", str(tmp_path / "cache")], "on the way": ["--cache_codes", *images], "images": images}
     for name, flags in runs.items():
         monkeypatch.setattr(sys, "argv", ["x", *common, *flags, "--output_dir", str(tmp_path / f"run {name}")])
-        _module("train_var").main()
+        load_script("train_var").main()
     weights = {
         name: load_file(tmp_path / f"run {name}" / "final" / "transformer" / "diffusion_pytorch_model.safetensors")
         for name in runs
@@ -334,9 +327,8 @@ def test_var_trains_on_a_cache_without_waiting(tmp_path, tokenizer_folder, token
 
 
 def test_the_benchmark_of_the_data(tmp_path, capsys):
-    _module("data", folder="benchmarks").main(
-        ["--images", "32", "--steps", "2", "--json", str(tmp_path / "rows.json")]
-    )
+    script = benchmark_modules("data")["data"]
+    script.main(["--images", "32", "--steps", "2", "--json", str(tmp_path / "rows.json")])
     rows = {row["source"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
     assert rows.keys() == {"images", "file per image", "cache"}
     assert rows["cache"]["read_ms"] < rows["file per image"]["read_ms"] < rows["images"]["read_ms"]
@@ -348,7 +340,7 @@ def test_the_benchmark_of_the_data(tmp_path, capsys):
 def test_scripts_are_short_and_their_help_works(script, capsys):
     assert len((EXAMPLES / f"{script}.py").read_text().splitlines()) <= 150
     with pytest.raises(SystemExit) as caught:
-        parse_config(_module(script).Config, ["--help"])
+        parse_config(load_script(script).Config, ["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
     for flag in ("--tokenizer", "--variants", "--flip", "--push_to", "--num_workers"):
