@@ -8,18 +8,16 @@ log-variance are kept, so that every training step draws its own sample of the p
 continues when the same command is given again, with any number of processes. --push_to USER/NAME publishes the cache.
 """
 
-import logging
-
-from hfgen.training import CacheConfig, build_cache, parse_config
+from hfgen.training import CacheConfig, build_cache, loading_flag, script
 from hfgen.training.token_encoding import load_image_tokenizer
 
 Config = CacheConfig
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    config = parse_config(Config, description=__doc__)
-    tokenizer = load_image_tokenizer(config.tokenizer, config.subfolder)
+@script(Config, __doc__)
+def main(config: Config) -> None:
+    with loading_flag("tokenizer", config.tokenizer):
+        tokenizer = load_image_tokenizer(config.tokenizer, config.subfolder)
     if getattr(tokenizer, "codebook_size", None) is not None:
         raise ValueError(f"{config.tokenizer} has a codebook: use cache_tokens.py for its codes.")
     build_cache(config, tokenizer)

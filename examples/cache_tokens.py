@@ -7,18 +7,16 @@ A run that was interrupted continues when the same command is given again, with 
 --crop random, --variants 10 keeps ten augmented versions of each image. --push_to USER/NAME publishes the cache.
 """
 
-import logging
-
 from hfgen import AutoModel
-from hfgen.training import CacheConfig, build_cache, parse_config
+from hfgen.training import CacheConfig, build_cache, loading_flag, script
 
 Config = CacheConfig
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    config = parse_config(Config, description=__doc__)
-    tokenizer = AutoModel.from_pretrained(config.tokenizer, subfolder=config.subfolder)
+@script(Config, __doc__)
+def main(config: Config) -> None:
+    with loading_flag("tokenizer", config.tokenizer):
+        tokenizer = AutoModel.from_pretrained(config.tokenizer, subfolder=config.subfolder)
     if getattr(tokenizer, "codebook_size", None) is None:
         raise ValueError(f"{config.tokenizer} has no codebook: use cache_latents.py for a continuous tokenizer.")
     build_cache(config, tokenizer)

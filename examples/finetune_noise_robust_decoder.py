@@ -13,7 +13,6 @@ OUTPUT_DIR/final for AutoencoderKL.from_pretrained, with the codes in OUTPUT_DIR
 """
 
 import copy
-import logging
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from hfgen.losses.adversarial import adaptive_weight, hinge_discriminator_loss, 
 from hfgen.losses.perceptual import LPIPS
 from hfgen.models.layers.discriminators import PatchDiscriminator
 from hfgen.pipelines.latents import encode_pixels
-from hfgen.training import Phase, Task, Trainer, Validation, frozen, parse_config, training_images, unwrap
+from hfgen.training import Phase, Task, Trainer, Validation, frozen, script, training_images, unwrap
 from hfgen.training.batches import validation_images
 from hfgen.training.history import write_text
 from hfgen.training.latents import batch_samples
@@ -130,9 +129,8 @@ class NoiseRobustDecoderTask(Task):
         return CodedAutoencoder(vae.plain(vae.config.scaling_factor), self.quantizer)
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    config = parse_config(Config, description=__doc__)
+@script(Config, __doc__)
+def main(config: Config) -> None:
     trainer = Trainer(config)
     trainer.fit(NoiseRobustDecoderTask(config), training_images(config))
 

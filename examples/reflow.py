@@ -24,7 +24,7 @@ from hfgen.images import make_grid
 from hfgen.losses.flow import flow_interpolate
 from hfgen.losses.perceptual import LPIPS
 from hfgen.losses.reflow import one_step_loss, reflow_sigmas
-from hfgen.training import REQUIRED, Phase, Task, Trainer, TrainingConfig, Validation, flag, parse_config
+from hfgen.training import REQUIRED, Phase, Task, Trainer, TrainingConfig, Validation, flag, loading_flag, script
 from hfgen.training.batches import collate
 from hfgen.training.flow_pairs import first_captions, flow_straightness, make_pairs, pair_arguments, pair_conditions
 
@@ -105,11 +105,11 @@ class ReflowTask(Task):
         return RectifiedFlowPipeline(**parts, class_names=self.teacher.class_names)
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    config = parse_config(Config, description=__doc__)
+@script(Config, __doc__)
+def main(config: Config) -> None:
     trainer = Trainer(config)
-    teacher = RectifiedFlowPipeline.from_pretrained(config.model).to(trainer.device)
+    with loading_flag("model", config.model):
+        teacher = RectifiedFlowPipeline.from_pretrained(config.model).to(trainer.device)
     pairs = make_pairs(
         teacher,
         config.pairs or Path(config.output_dir) / "pairs",

@@ -28,7 +28,7 @@ from hfgen.training import (
     Trainer,
     Validation,
     frozen,
-    parse_config,
+    script,
     training_images,
     unwrap,
     validation_images,
@@ -99,9 +99,8 @@ class AutoencoderKLTask(Task):
         return modules["autoencoder"].plain(scale)
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    config = parse_config(Config, description=__doc__)
+@script(Config, __doc__)
+def main(config: Config) -> None:
     trainer = Trainer(config)
     trainer.fit(AutoencoderKLTask(config), training_images(config))
 

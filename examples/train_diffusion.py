@@ -11,14 +11,12 @@ The defaults train a small model on the built-in shapes. The result is the pipel
 ImageDiffusionPipeline.from_pretrained; it samples with the schedulers of diffusers, too.
 """
 
-import logging
-
 import torch
 from torch import nn
 
 from hfgen import ImageDiffusionPipeline
 from hfgen.losses.diffusion import diffusion_loss, min_snr_weights
-from hfgen.training import Phase, Task, Trainer, parse_config
+from hfgen.training import Phase, Task, Trainer, script
 from hfgen.training.class_validation import class_validation
 from hfgen.training.diffusion import DiffusionTrainingConfig as Config
 from hfgen.training.diffusion import diffusion_network, diffusion_scheduler
@@ -67,9 +65,8 @@ class DiffusionTask(Task):
         return ImageDiffusionPipeline(modules["transformer"], self.scheduler, self.vae, class_names=self.class_names)
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    config = parse_config(Config, description=__doc__)
+@script(Config, __doc__)
+def main(config: Config) -> None:
     trainer = Trainer(config)
     vae = load_autoencoder(config)
     data = training_latents(config, vae, trainer)

@@ -9,7 +9,6 @@ The defaults train a small model on the built-in shapes. The result is the pipel
 MaskGITPipeline.from_pretrained.
 """
 
-import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +27,8 @@ from hfgen.training import (
     Trainer,
     batch_codes,
     flag,
-    parse_config,
+    loading_flag,
+    script,
     training_tokens,
 )
 from hfgen.training.class_validation import class_validation
@@ -130,11 +130,11 @@ class MaskGITTask(Task):
         return MaskGITPipeline(self.tokenizer, modules["transformer"], self.scheduler, class_names=self.class_names)
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    config = parse_config(Config, description=__doc__)
+@script(Config, __doc__)
+def main(config: Config) -> None:
     trainer = Trainer(config)
-    tokenizer = AutoModel.from_pretrained(config.tokenizer)
+    with loading_flag("tokenizer", config.tokenizer):
+        tokenizer = AutoModel.from_pretrained(config.tokenizer)
     if getattr(tokenizer, "codebook_size", None) is None:
         raise ValueError(f"--tokenizer {config.tokenizer}: a {type(tokenizer).__name__} without a fixed set of codes.")
     data = training_tokens(config, tokenizer, trainer)

@@ -6,7 +6,6 @@ The defaults train a small tokenizer on the built-in shapes. The result is the f
 MaskGITVQGAN.from_pretrained, for examples/train_maskgit.py --tokenizer and for examples/train_titok.py --vqgan.
 """
 
-import logging
 import math
 from dataclasses import dataclass
 
@@ -28,7 +27,7 @@ from hfgen.training import (
     Validation,
     flag,
     frozen,
-    parse_config,
+    script,
     training_images,
     validation_images,
 )
@@ -140,9 +139,8 @@ class MaskGITVQGANTask(Task):
         return modules["tokenizer"]
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    config = parse_config(Config, description=__doc__)
+@script(Config, __doc__)
+def main(config: Config) -> None:
     Trainer(config).fit(MaskGITVQGANTask(config), training_images(config))
 
 

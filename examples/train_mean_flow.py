@@ -22,7 +22,7 @@ from torch import nn
 
 from hfgen import DiT, MeanFlowPipeline
 from hfgen.losses.mean_flow import drop_first, mean_flow_loss, sample_interval, trajectory_matching_loss
-from hfgen.training import Phase, Task, Trainer, parse_config, unwrap
+from hfgen.training import Phase, Task, Trainer, script, unwrap
 from hfgen.training.class_validation import class_validation
 from hfgen.training.latents import batch_samples, load_autoencoder, sample_classes, sample_shape, training_latents
 from hfgen.training.mean_flow import MeanFlowTrainingConfig as Config
@@ -110,9 +110,8 @@ class MeanFlowTask(Task):
         return MeanFlowPipeline(modules["transformer"], self.vae, class_names=self.class_names)
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    config = parse_config(Config, description=__doc__)
+@script(Config, __doc__)
+def main(config: Config) -> None:
     for message in questionable_settings(config):
         logging.getLogger(__name__).warning("Is this wanted? %s.", message)
     trainer = Trainer(config)

@@ -6,7 +6,6 @@ The defaults train a small tokenizer on the built-in shapes. The result is the f
 MultiScaleVQVAE.from_pretrained and for examples/train_var.py --tokenizer.
 """
 
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +27,7 @@ from hfgen.training import (
     Validation,
     flag,
     frozen,
-    parse_config,
+    script,
     training_images,
     unwrap,
     validation_images,
@@ -140,9 +139,8 @@ class MultiScaleVQVAETask(Task):
         return modules["tokenizer"]
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    config = parse_config(Config, description=__doc__)
+@script(Config, __doc__)
+def main(config: Config) -> None:
     Trainer(config).fit(MultiScaleVQVAETask(config), training_images(config))
 
 

@@ -11,8 +11,6 @@ The defaults train a small model on the built-in shapes. The result is the pipel
 RectifiedFlowPipeline.from_pretrained.
 """
 
-import logging
-
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
@@ -21,7 +19,7 @@ from hfgen import RectifiedFlowPipeline
 from hfgen.counters import generator
 from hfgen.images import make_grid
 from hfgen.losses.flow import flow_interpolate, flow_loss, flow_weights, preconditioned_flow_loss
-from hfgen.training import Phase, Task, Trainer, Validation, parse_config
+from hfgen.training import Phase, Task, Trainer, Validation, script
 from hfgen.training.batches import collate
 from hfgen.training.flow import FlowTrainingConfig as Config
 from hfgen.training.flow import validation_rows
@@ -107,9 +105,8 @@ class RectifiedFlowTask(Task):
         return RectifiedFlowPipeline(modules["transformer"], self.scheduler, self.vae, **parts)
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    config = parse_config(Config, description=__doc__)
+@script(Config, __doc__)
+def main(config: Config) -> None:
     trainer = Trainer(config)
     vae = load_autoencoder(config)
     data = training_latents(config, vae, trainer)

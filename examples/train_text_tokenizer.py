@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from hfgen.data.sources import load_images
 from hfgen.data.text import make_tokenizer, read_captions, train_sentencepiece
-from hfgen.training import REQUIRED, flag, parse_config
+from hfgen.training import REQUIRED, flag, script
 from hfgen.training.checkpoints import write_folder
 
 logger = logging.getLogger("train_text_tokenizer")
@@ -47,9 +47,8 @@ class Config:
     max_length: int = flag(77, "tokens that truncation keeps and padding fills, with <s> and </s>")
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    config = parse_config(Config, description=__doc__)
+@script(Config, __doc__)
+def main(config: Config) -> None:
     folder = Path(config.output_dir)
     if folder.exists() and not (config.overwrite and (folder / MODEL_FILE).is_file()):
         raise ValueError(f"--output_dir {folder} exists: choose another, or --overwrite a folder of this script.")

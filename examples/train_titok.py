@@ -30,37 +30,16 @@ from hfgen.training import (
     Validation,
     batch_codes,
     frozen,
-    parse_config,
+    loading_flag,
+    script,
     training_images,
     unwrap,
     validation_images,
 )
-from hfgen.training.titok import LeCamDiscriminator, questionable_settings
+from hfgen.training.titok import LeCamDiscriminator, new_model, questionable_settings
 from hfgen.training.titok import TiTokTrainingConfig as Config
 
 NO_DECAY = ("embed", "latent_tokens", "mask_token", "latent_proj", "pixel_codebook")  # as in the official trainer
-
-
-def new_model(config: Config, vqgan: MaskGITVQGAN | None) -> TiTok:
-    """A TiTok that puts out pixels, or logits of the codes of ``vqgan``."""
-    if vqgan is not None and vqgan.downsample_factor != config.patch_size:
-        raise ValueError(f"--patch_size must be that of the codes of --vqgan, {vqgan.downsample_factor}.")
-    names = [f"{side}_{name}" for side in ("encoder", "decoder") for name in ("width", "layers", "heads")]
-    return TiTok(
-        image_size=config.resolution,
-        encoder_patch_size=config.patch_size,
-        decoder_patch_size=config.patch_size,
-        num_latent_tokens=config.num_latent_tokens,
-        latent_channels=config.latent_channels,
-        bottleneck=config.bottleneck,
-        num_codes=config.num_codes,
-        normalize_codes=config.normalize_codes,
-        codebook_update=config.codebook_update,
-        commitment_weight=config.commitment_weight,
-        two_stage=vqgan is not None,
-        num_proxy_codes=1 if vqgan is None else vqgan.codebook_size,
-        **dict(zip(names, (*config.encoder, *config.decoder), strict=True)),
-    )
 
 
 class TiTokTask(Task):
@@ -69,10 +48,12 @@ class TiTokTask(Task):
         self.frozen, self.vqgan, self.perceptual = (), None, None
         self.quantizer_weight = config.kl_weight if config.bottleneck == "kl" else config.quantizer_weight
         if config.stage != "single":
-            self.vqgan = MaskGITVQGAN.from_pretrained(config.vqgan)
+            with loading_flag("vqgan", config.vqgan):
+                self.vqgan = MaskGITVQGAN.from_pretrained(config.vqgan)
             self.frozen = (self.vqgan,)
         if config.stage == "2":
-            model = TiTok.from_pretrained(config.stage1).with_pixel_decoder(self.vqgan)
+            with loading_flag("stage1", config.stage1):
+                model = TiTok.from_pretrained(config.stage1).with_pixel_decoder(self.vqgan)
             self.frozen, self.quantizer_weight = (model.encoder, model.quantizer), 0.0
         else:
             model = new_model(config, self.vqgan)
@@ -138,9 +119,8 @@ class TiTokTask(Task):
         return modules["tokenizer"]
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    config = parse_config(Config, description=__doc__)
+@script(Config, __doc__)
+def main(config: Config) -> None:
     for message in questionable_settings(config):
         logging.getLogger(__name__).warning("Is this wanted? %s.", message)
     Trainer(config).fit(TiTokTask(config), training_images(config))

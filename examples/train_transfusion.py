@@ -11,14 +11,12 @@ The defaults train a small model on the built-in shapes. The result is the pipel
 TransfusionPipeline.from_pretrained.
 """
 
-import logging
-
 import torch
 
 from hfgen import TransfusionPipeline
 from hfgen.counters import generator
 from hfgen.losses.transfusion import IGNORED, limit_times, text_labels, transfusion_loss
-from hfgen.training import Phase, Task, Trainer, Validation, parse_config
+from hfgen.training import Phase, Task, Trainer, Validation, script
 from hfgen.training.flow import validation_rows
 from hfgen.training.latents import training_latents
 from hfgen.training.noisy_latents import quantize
@@ -123,9 +121,8 @@ class TransfusionTask(Task):
         )
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    config = parse_config(Config, description=__doc__)
+@script(Config, __doc__)
+def main(config: Config) -> None:
     trainer = Trainer(config)
     vae = load_image_model(config)
     data = training_latents(config, vae, trainer)

@@ -9,7 +9,6 @@ The defaults train a small model on the built-in shapes. The result is the pipel
 VARPipeline.from_pretrained.
 """
 
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,8 @@ from hfgen.training import (
     Trainer,
     batch_codes,
     flag,
-    parse_config,
+    loading_flag,
+    script,
     training_tokens,
 )
 from hfgen.training.class_validation import class_validation
@@ -113,11 +113,11 @@ class VARTask(Task):
         return VARPipeline(self.tokenizer, modules["transformer"], class_names=self.class_names)
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    config = parse_config(Config, description=__doc__)
+@script(Config, __doc__)
+def main(config: Config) -> None:
     trainer = Trainer(config)
-    tokenizer = MultiScaleVQVAE.from_pretrained(config.tokenizer)
+    with loading_flag("tokenizer", config.tokenizer):
+        tokenizer = MultiScaleVQVAE.from_pretrained(config.tokenizer)
     data = training_tokens(config, tokenizer, trainer)
     trainer.fit(VARTask(config, tokenizer, data.num_classes, data.class_names), data)
 

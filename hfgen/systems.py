@@ -32,7 +32,10 @@ class System:
         weights_licence: licence of the released weights; None when no weights were released.
         tokenizer, generator, pipeline: class names that ``hfgen`` exports, None while missing or not applicable.
         variants: further classes of the same system.
+        diffusers: classes of diffusers that are the system's tokenizer or generator.
         converter: system name for ``hfgen.conversion.load_original``.
+        parity: names of the golden cases, numbers of the system's official code, that the tests in ``tests/parity``
+            reproduce.
         examples: training scripts, relative to the repository root.
         zoo: folder below ``zoo/`` with a small trained pipeline.
         pipeline_arguments: constructor arguments of the pipeline with which the published weights sample as published.
@@ -52,7 +55,9 @@ class System:
     generator: str | None = None
     pipeline: str | None = None
     variants: tuple[str, ...] = ()
+    diffusers: tuple[str, ...] = ()
     converter: str | None = None
+    parity: tuple[str, ...] = ()
     examples: tuple[str, ...] = ()
     zoo: str | None = None
     pipeline_arguments: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}), hash=False)
@@ -69,14 +74,16 @@ class System:
     def status(self) -> str:
         """``works``, ``trains`` or ``not yet``.
 
-        ``works``: everything that was released can be used: the classes exist, a generator has its pipeline, and
-        official weights, where there are any, convert. Where there are none a training example takes their place.
-        ``trains``: the classes and a training example exist, but official weights do not load.
+        ``works``: everything that was released can be used, with equal numbers: the classes exist, a generator has its
+        pipeline, golden cases are reproduced, and official weights, where there are any, convert. Where there are none
+        a training example takes their place.
+        ``trains``: the classes and a training example exist, but official weights do not load, or nothing shows that
+        the numbers are those of official code.
         """
         # A pipeline without a generator runs a network of diffusers.
-        has_model = bool(self.tokenizer or self.generator or self.pipeline)
+        has_model = bool(self.tokenizer or self.generator or self.pipeline or self.diffusers)
         usable = has_model and (self.generator is None or self.pipeline is not None)
-        if usable and (self.converter or (self.weights_licence is None and self.examples)):
+        if usable and self.parity and (self.converter or (self.weights_licence is None and self.examples)):
             return "works"
         return "trains" if usable and self.examples else "not yet"
 
@@ -88,6 +95,7 @@ SYSTEMS: tuple[System, ...] = (
         paper="Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction",
         code="FoundationVision/VAR", weights_licence="MIT",
         tokenizer="MultiScaleVQVAE", generator="VARTransformer", pipeline="VARPipeline", converter="var",
+        parity=("var", "var_vqvae"),
         examples=("examples/train_multiscale_vqvae.py", "examples/train_var.py"),
         zoo="var-shapes",
         notes="Next-scale prediction: one forward pass per scale, coarse to fine.",
@@ -146,6 +154,7 @@ SYSTEMS: tuple[System, ...] = (
         code="bytedance/1d-tokenizer", weights_licence="Apache-2.0",
         tokenizer="TiTok", generator="ImageBert", pipeline="MaskGITPipeline", variants=("UViTBert",),
         converter="titok",
+        parity=("titok",),
         examples=("examples/train_titok.py", "examples/train_maskgit.py"),
         zoo="titok-shapes",
         notes="A short sequence of tokens without a grid.",
@@ -173,8 +182,10 @@ SYSTEMS: tuple[System, ...] = (
         key="vae", title="VAE and KL-VAE", published="ICLR 2014", arxiv="1312.6114",
         paper="Auto-Encoding Variational Bayes",
         code=None, weights_licence=None,
-        examples=("examples/train_autoencoder_kl.py",),
-        notes="The tokenizer is diffusers.AutoencoderKL, which the script trains; no generator of its own yet.",
+        diffusers=("AutoencoderKL",),
+        examples=("examples/train_autoencoder_kl.py",), zoo="transfusion-shapes",
+        notes="The tokenizer of latents that flows, diffusion and Transfusion train on; the generator that decodes "
+        "plain noise is not there yet.",
     ),
     System(
         key="dalle", title="DALL-E", published="ICML 2021", arxiv="2102.12092",
@@ -229,6 +240,7 @@ SYSTEMS: tuple[System, ...] = (
         paper="MaskGIT: Masked Generative Image Transformer",
         code="google-research/maskgit", weights_licence="none stated (code Apache-2.0)",
         tokenizer="MaskGITVQGAN", generator="MaskGITTransformer", pipeline="MaskGITPipeline", converter="maskgit",
+        parity=("maskgit", "maskgit_vqgan"),
         examples=("examples/train_maskgit_vqgan.py", "examples/train_maskgit.py"),
         notes="Parallel decoding of masked tokens; its tokenizer also serves TiTok and RAR.",
     ),
@@ -268,6 +280,7 @@ SYSTEMS: tuple[System, ...] = (
         code="facebookresearch/DiT", weights_licence="CC-BY-NC-4.0",
         generator="DiT", pipeline="ImageDiffusionPipeline", converter="dit",
         pipeline_arguments=MappingProxyType({"guidance_channels": 3}), autoencoder="stabilityai/sd-vae-ft-ema",
+        parity=("dit",),
         examples=("examples/train_diffusion.py",),
         notes="Weights are for non-commercial use.",
     ),
@@ -277,6 +290,7 @@ SYSTEMS: tuple[System, ...] = (
         code="willisma/SiT", weights_licence="MIT",
         generator="DiT", pipeline="RectifiedFlowPipeline", converter="sit",
         pipeline_arguments=MappingProxyType({"guidance_channels": 3}), autoencoder="stabilityai/sd-vae-ft-ema",
+        parity=("dit",),
         examples=("examples/train_rectified_flow.py",),
         notes="The network of DiT with interpolant paths.",
     ),
@@ -285,6 +299,7 @@ SYSTEMS: tuple[System, ...] = (
         paper="Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow",
         code="gnobitab/RectifiedFlow", weights_licence="none stated",
         generator="NCSNpp", pipeline="RectifiedFlowPipeline", converter="rectified_flow",
+        parity=("rectified_flow",),
         examples=("examples/train_rectified_flow.py", "examples/reflow.py"),
         notes="With reflow, which straightens the paths for few-step sampling.",
     ),
@@ -292,8 +307,9 @@ SYSTEMS: tuple[System, ...] = (
         key="sd3", title="Stable Diffusion 3 (MMDiT)", published="ICML 2024", arxiv="2403.03206",
         paper="Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
         code="Stability-AI/sd3.5", weights_licence="Stability AI Community License",
-        pipeline="RectifiedFlowPipeline", converter="sd3",
+        pipeline="RectifiedFlowPipeline", diffusers=("SD3Transformer2DModel",), converter="sd3",
         autoencoder="stabilityai/stable-diffusion-3-medium-diffusers",
+        parity=("rectified_flow",),
         examples=("examples/train_rectified_flow.py",), zoo="flow-shapes",
         notes="The network is diffusers.SD3Transformer2DModel.",
     ),
@@ -303,6 +319,7 @@ SYSTEMS: tuple[System, ...] = (
         code="Gsunshine/meanflow", weights_licence="MIT",
         generator="DiT", pipeline="MeanFlowPipeline", converter="mean_flow",
         autoencoder="stabilityai/sd-vae-ft-mse",
+        parity=("mean_flow",),
         examples=("examples/train_mean_flow.py",), zoo="meanflow-shapes",
         notes="One forward pass per image.",
     ),
@@ -318,6 +335,7 @@ SYSTEMS: tuple[System, ...] = (
         code="lucidrains/transfusion-pytorch", weights_licence=None,
         generator="TransfusionTransformer", pipeline="TransfusionPipeline",
         variants=("NoisyLatentQuantizer", "TransfusionFlowTransformer"),
+        parity=("transfusion", "transfusion_reference"),
         examples=("examples/train_transfusion.py", "examples/finetune_noise_robust_decoder.py"),
         zoo="transfusion-shapes",
         notes="Nothing was released by the authors; the converter transfusion_pytorch reads checkpoints that the open "
@@ -337,19 +355,23 @@ def as_dict(system: System) -> dict[str, object]:
 def markdown_table() -> str:
     """The table of README.md; what a system does not have yet is a dash."""
     lines = [
-        "| system | paper | tokenizer, generator, pipeline | official weights | `hfgen convert` | training | status |",
-        "|---|---|---|---|---|---|---|",
+        "| system | paper | tokenizer, generator, pipeline | official weights | `hfgen convert` | golden cases "
+        "| training | status |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for system in SYSTEMS:
         title = f"[{system.title}](https://github.com/{system.code})" if system.code else system.title
         paper = f"[{system.published}](https://arxiv.org/abs/{system.arxiv})"
-        classes = ", ".join(f"`{name}`" for name in system.classes) or "-"
+        names = (*system.classes, *(f"diffusers.{name}" for name in system.diffusers))
+        classes = ", ".join(f"`{name}`" for name in names) or "-"
+        parity = ", ".join(f"[{name}](tests/parity/cases/{name}.safetensors)" for name in system.parity) or "-"
         converter = f"`{system.converter}`" if system.converter else "-"
         links = [f"[{Path(path).stem}]({path})" for path in system.examples]
         links += [f"trained: [{system.zoo}](zoo/{system.zoo})"] if system.zoo else []
         examples = ", ".join(links) or "-"
         weights = system.weights_licence or "not released"
-        lines.append(f"| {title} | {paper} | {classes} | {weights} | {converter} | {examples} | {system.status} |")
+        cells = (title, paper, classes, weights, converter, parity, examples, system.status)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

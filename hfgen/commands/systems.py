@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from hfgen.systems import SYSTEMS, as_dict
 
-HEADER = ("system", "status", "convert", "tokenizer, generator, pipeline", "published")
+HEADER = ("system", "status", "convert", "golden cases", "tokenizer, generator, pipeline", "published")
 WEIGHTS_HEADER = ("name", "system", "size", "licence", "repository", "files")
 
 
@@ -21,9 +21,10 @@ def run(options: argparse.Namespace) -> str:
         return json.dumps([as_dict(system) for system in SYSTEMS], indent=2)
     rows = [HEADER]
     for system in SYSTEMS:
-        classes = ", ".join(system.classes) or "-"
+        classes = ", ".join((*system.classes, *(f"diffusers.{name}" for name in system.diffusers))) or "-"
+        parity = ", ".join(system.parity) or "-"
         published = f"{system.published}, arXiv {system.arxiv}"
-        rows.append((system.key, system.status, system.converter or "-", classes, published))
+        rows.append((system.key, system.status, system.converter or "-", parity, classes, published))
     return table(rows)
 
 

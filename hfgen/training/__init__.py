@@ -2,6 +2,8 @@
 
 from hfgen.training.batches import Draws, training_images, validation_images
 from hfgen.training.config import REQUIRED, TrainingConfig, flag, parse_config
+from hfgen.training.flag_sources import loading_flag
+from hfgen.training.script import script
 from hfgen.training.task import Phase, Task, Validation, frozen, unwrap
 from hfgen.training.token_encoding import batch_codes, batch_latents
 from hfgen.training.tokens import CacheConfig, TokenTrainingConfig, build_cache, training_tokens
@@ -22,7 +24,9 @@ __all__ = [
     "build_cache",
     "flag",
     "frozen",
+    "loading_flag",
     "parse_config",
+    "script",
     "training_images",
     "training_tokens",
     "unwrap",

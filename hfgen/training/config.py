@@ -282,11 +282,18 @@ def _metavar(annotation: Any) -> str:
 
 
 def _build_parser(config_class: type[TrainingConfig], description: str | None) -> argparse.ArgumentParser:
+    hints = typing.get_type_hints(config_class)
+    required = [field.name for field in dataclasses.fields(config_class) if field.default is REQUIRED]
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        # Not all flags: they would hide the message below them.
+        usage=" ".join(["%(prog)s [--config FILE]", *(f"--{name} {_metavar(hints[name])}" for name in required)])
+        + " [FLAGS; --help lists them]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with values for any of these flags")
-    hints = typing.get_type_hints(config_class)
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of a wrong input")
     groups: dict[str, Any] = {"method": parser.add_argument_group("method")}
     for field in dataclasses.fields(config_class):
         title = field.metadata["group"]
@@ -346,11 +353,18 @@ def parse_config(
 
     A wrong or unknown value ends the program with the usage line and a message, as argparse does.
     """
+    return parse_command_line(config_class, arguments, description=description)[0]
+
+
+def parse_command_line(
+    config_class: type[ConfigT], arguments: Sequence[str] | None = None, *, description: str | None = None
+) -> tuple[ConfigT, bool]:
+    """What :func:`parse_config` returns, and whether ``--debug`` was given."""
     parser = _build_parser(config_class, description)
     given = vars(parser.parse_args(arguments))
-    path = given.pop("config")
+    path, debug = given.pop("config"), given.pop("debug")
     try:
         values = read_config_file(path) if path is not None else {}
-        return make_config(config_class, {**values, **given}, source=f"--config {path}")
+        return make_config(config_class, {**values, **given}, source=f"--config {path}"), debug
     except ValueError as error:
         parser.error(str(error))

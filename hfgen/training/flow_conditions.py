@@ -21,6 +21,7 @@ from hfgen.evaluation.judge import judge_labels
 from hfgen.models.generators.dit import DiT
 from hfgen.pipelines.text_conditioning import MAX_T5_TOKENS, t5_embeddings
 from hfgen.training.captions import caption_length, caption_tokenizer, first_captions
+from hfgen.training.flag_sources import loading_flag
 from hfgen.training.flow import FlowTrainingConfig
 
 
@@ -129,7 +130,8 @@ class CaptionCondition(FlowCondition):
             self.encoder = _small_t5(config, self.tokenizer)
             self.modules = {"text_encoder": self.encoder}
         else:
-            self.encoder = T5EncoderModel.from_pretrained(config.text_encoder, use_safetensors=True)
+            with loading_flag("text_encoder", config.text_encoder):
+                self.encoder = T5EncoderModel.from_pretrained(config.text_encoder, use_safetensors=True)
             self.frozen = (self.encoder,)
 
     def network(self, channels: int, size: int) -> SD3Transformer2DModel:
@@ -202,7 +204,8 @@ def _tokenizer(config: FlowTrainingConfig, data: Dataset) -> PreTrainedTokenizer
     The pipeline, which it is saved with, uses it too.
     """
     captions, source = first_captions(data), config.text_tokenizer or config.text_encoder
-    tokenizer = caption_tokenizer(source, captions, vocab_size=config.vocab_size, max_length=MAX_T5_TOKENS)
+    with loading_flag("text_tokenizer" if config.text_tokenizer else "text_encoder", source):
+        tokenizer = caption_tokenizer(source, captions, vocab_size=config.vocab_size, max_length=MAX_T5_TOKENS)
     if tokenizer.pad_token is None:
         raise ValueError(f"The tokenizer {source} has no padding token, which captions of one length need.")
     longest = max(map(len, tokenizer(captions, verbose=False)["input_ids"]))

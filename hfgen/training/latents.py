@@ -15,6 +15,7 @@ from hfgen.data.transforms import to_pixels
 from hfgen.pipelines.latents import downsample_factor
 from hfgen.training.batches import training_images
 from hfgen.training.config import TrainingConfig, flag
+from hfgen.training.flag_sources import loading_flag
 from hfgen.training.token_encoding import batch_latents, load_image_tokenizer
 from hfgen.training.tokens import training_tokens
 from hfgen.training.trainer import Trainer
@@ -59,7 +60,8 @@ def load_autoencoder(config: LatentTrainingConfig) -> nn.Module | None:
     """
     if config.vae is None:
         return None
-    vae = load_image_tokenizer(config.vae, config.vae_subfolder)
+    with loading_flag("vae", config.vae):
+        vae = load_image_tokenizer(config.vae, config.vae_subfolder)
     if getattr(vae, "codebook_size", None) is not None:
         raise ValueError(f"--vae {config.vae} is a {type(vae).__name__} with codes; give a continuous autoencoder.")
     downsample_factor(vae)

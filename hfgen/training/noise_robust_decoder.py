@@ -13,6 +13,7 @@ from torch import Tensor
 from hfgen.models.quantizers.noisy_latents import NoisyLatentQuantizer
 from hfgen.training.autoencoder_kl import PosteriorAutoencoderKL
 from hfgen.training.config import REQUIRED, TrainingConfig, flag
+from hfgen.training.flag_sources import loading_flag
 from hfgen.training.noisy_latents import NoisyLatentFlags
 
 
@@ -94,7 +95,9 @@ def load_decoder(config: NoiseRobustTrainingConfig) -> DecodingAutoencoderKL:
         ValueError: it is no ``AutoencoderKL``.
     """
     location = {"subfolder": config.vae_subfolder}
-    class_name = AutoencoderKL.load_config(config.vae, **location).get("_class_name")
+    with loading_flag("vae", config.vae):
+        class_name = AutoencoderKL.load_config(config.vae, **location).get("_class_name")
     if class_name != "AutoencoderKL":
         raise ValueError(f"--vae {config.vae} is a {class_name}; expected diffusers' AutoencoderKL.")
-    return DecodingAutoencoderKL.from_pretrained(config.vae, **location)
+    with loading_flag("vae", config.vae):
+        return DecodingAutoencoderKL.from_pretrained(config.vae, use_safetensors=True, **location)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hfgen.models.modeling import QuantizerOutput
 from hfgen.models.quantizers.noisy_latents import NoisyLatentQuantizer
 from hfgen.training.config import flag
+from hfgen.training.flag_sources import loading_flag
 
 RESTART_AFTER = 20  # steps without a latent after which a code moves to one
 
@@ -53,7 +54,8 @@ def load_quantizer(config: NoisyLatentFlags, latent_channels: int) -> NoisyLaten
     Raises:
         ValueError: it is for other latents.
     """
-    quantizer = NoisyLatentQuantizer.from_pretrained(config.quantizer)
+    with loading_flag("quantizer", config.quantizer):
+        quantizer = NoisyLatentQuantizer.from_pretrained(config.quantizer)
     if quantizer.config.latent_channels != latent_channels:
         raise ValueError(
             f"--quantizer {config.quantizer} is for latents of {quantizer.config.latent_channels} channels, but those "

@@ -1,4 +1,4 @@
-"""The settings of examples/train_titok.py, those that may spoil a training without an error, and its discriminator.
+"""The models of examples/train_titok.py, its settings, and those that may spoil a training without an error.
 
 TiTok is trained in two stages by arXiv 2406.07550 and in a single one by arXiv 2501.07730.
 """
@@ -11,6 +11,7 @@ from typing import Literal
 
 from diffusers.configuration_utils import register_to_config
 
+from hfgen import MaskGITVQGAN, TiTok
 from hfgen.losses.lecam import LeCam
 from hfgen.models.layers.blur_discriminator import BlurPatchDiscriminator
 from hfgen.training.config import TrainingConfig, flag
@@ -103,3 +104,29 @@ class LeCamDiscriminator(BlurPatchDiscriminator):
     def __init__(self, base_channels: int = 128, num_layers: int = 3) -> None:
         super().__init__(3, base_channels, num_layers, norm_num_groups=math.gcd(32, base_channels))
         self.lecam = LeCam()
+
+
+def new_model(config: TiTokTrainingConfig, vqgan: MaskGITVQGAN | None) -> TiTok:
+    """A new TiTok that puts out pixels, or logits of the codes of ``vqgan``.
+
+    Raises:
+        ValueError: its patches are not those of ``vqgan``.
+    """
+    if vqgan is not None and vqgan.downsample_factor != config.patch_size:
+        raise ValueError(f"--patch_size must be that of the codes of --vqgan, {vqgan.downsample_factor}.")
+    names = [f"{side}_{name}" for side in ("encoder", "decoder") for name in ("width", "layers", "heads")]
+    return TiTok(
+        image_size=config.resolution,
+        encoder_patch_size=config.patch_size,
+        decoder_patch_size=config.patch_size,
+        num_latent_tokens=config.num_latent_tokens,
+        latent_channels=config.latent_channels,
+        bottleneck=config.bottleneck,
+        num_codes=config.num_codes,
+        normalize_codes=config.normalize_codes,
+        codebook_update=config.codebook_update,
+        commitment_weight=config.commitment_weight,
+        two_stage=vqgan is not None,
+        num_proxy_codes=1 if vqgan is None else vqgan.codebook_size,
+        **dict(zip(names, (*config.encoder, *config.decoder), strict=True)),
+    )

@@ -26,8 +26,9 @@ def load_image_tokenizer(source: str, subfolder: str | None = None) -> nn.Module
         subfolder: of the model inside of a pipeline.
     """
     class_name = AutoencoderKL.load_config(source, subfolder=subfolder).get("_class_name")
-    model_class = AutoencoderKL if class_name == "AutoencoderKL" else AutoModel
-    return model_class.from_pretrained(source, subfolder=subfolder)
+    if class_name == "AutoencoderKL":
+        return AutoencoderKL.from_pretrained(source, subfolder=subfolder, use_safetensors=True)
+    return AutoModel.from_pretrained(source, subfolder=subfolder)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hfgen.data.transforms import to_pixels
 from hfgen.models.quantizers.noisy_latents import NoisyLatentQuantizer
+from hfgen.training.flag_sources import loading_flag
 from hfgen.training.latents import batch_samples, load_autoencoder, sample_shape
 from hfgen.training.noisy_latents import load_quantizer, new_quantizer
 from hfgen.training.task import Phase
@@ -25,7 +26,8 @@ def load_image_model(config: TransfusionTrainingConfig) -> nn.Module | None:
     """
     if config.image_mode == "continuous":
         return load_autoencoder(config)
-    return load_image_tokenizer(config.vae, config.vae_subfolder)
+    with loading_flag("vae", config.vae):
+        return load_image_tokenizer(config.vae, config.vae_subfolder)
 
 
 class ContinuousImages:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hfgen.models.generators.transfusion import TransfusionTransformer
+from hfgen.training.flag_sources import loading_flag
 from hfgen.training.transfusion import TransfusionTrainingConfig
 from hfgen.training.transfusion_images import ContinuousImages, DiscreteImages
 from hfgen.training.transfusion_text import SequenceWriter
@@ -67,7 +68,10 @@ def init_trunk(transformer: TransfusionTransformer) -> None:
 def _from_llama(
     config: TransfusionTrainingConfig, arguments: dict[str, Any], writer: SequenceWriter
 ) -> TransfusionTransformer:
-    transformer = TransfusionTransformer.from_llama(config.llama, context_length=config.context_length, **arguments)
+    with loading_flag("llama", config.llama):
+        transformer = TransfusionTransformer.from_llama(
+            config.llama, context_length=config.context_length, **arguments
+        )
     if transformer.config.boi_token_id != writer.format.boi:
         raise ValueError(
             f"--llama {config.llama} has {transformer.config.boi_token_id} ids, but its tokenizer "

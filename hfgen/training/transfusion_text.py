@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from hfgen.data.sequences import Document, PackedRows, SequenceFormat, pack
 from hfgen.data.texts import Texts, load_texts
 from hfgen.training.captions import caption_length, caption_tokenizer, first_captions
+from hfgen.training.flag_sources import loading_flag
 from hfgen.training.transfusion import TransfusionTrainingConfig
 
 MAX_CAPTION_TOKENS = 256
@@ -131,7 +132,8 @@ class SequenceWriter:
 
 def _tokenizer(config: TransfusionTrainingConfig, captions: Sequence[str]) -> PreTrainedTokenizerBase:
     source = config.text_tokenizer or config.llama
-    tokenizer = caption_tokenizer(source, captions, vocab_size=config.vocab_size, max_length=config.context_length)
+    with loading_flag("text_tokenizer" if config.text_tokenizer else "llama", source):
+        tokenizer = caption_tokenizer(source, captions, vocab_size=config.vocab_size, max_length=config.context_length)
     missing = [name for name in ("bos_token", "eos_token") if getattr(tokenizer, name) is None]
     if missing:
         raise ValueError(f"The tokenizer {source} has no {' and no '.join(missing)}, which mark the ends of a text.")

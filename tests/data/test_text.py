@@ -158,7 +158,7 @@ def run(monkeypatch, *arguments: str | Path) -> None:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", [SCRIPT.name, "--no_progress", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, "--debug", "--no_progress", *map(str, arguments)])
     module.main()
 
 

@@ -3,8 +3,10 @@
 import dataclasses
 import inspect
 import json
+import re
 from pathlib import Path
 
+import diffusers
 import pytest
 
 import hfgen
@@ -23,6 +25,8 @@ def test_a_row_names_what_exists(system):
     if system.converter is not None:
         assert conversion.parts(system.converter)
         assert system.weights_licence, "a converter reads official weights, which have a licence"
+    for name in system.diffusers:
+        assert issubclass(getattr(diffusers, name), diffusers.ModelMixin)
     for path in system.examples:
         assert (ROOT / path).is_file(), path
     if system.zoo is not None:
@@ -34,6 +38,13 @@ def test_a_row_names_what_exists(system):
         assert "vae" in inspect.signature(getattr(hfgen, system.pipeline).__init__).parameters
     assert system.title and system.paper and system.notes and system.published[-4:].isdigit()
     assert system.arxiv[4] == "." and system.arxiv.replace(".", "").isdigit()
+
+
+def test_every_golden_case_of_a_row_is_tested():
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "parity").glob("test_*.py"))
+    for name in {name for system in SYSTEMS for name in system.parity}:
+        assert (ROOT / "tests" / "parity" / "cases" / f"{name}.safetensors").is_file()
+        assert re.search(rf'"{name}"', tests), f"no test reads the golden case {name}"
 
 
 def test_keys_are_unique():
@@ -57,11 +68,17 @@ def test_every_public_model_pipeline_and_example_has_a_row():
     ("parts", "status"),
     [
         ({}, "not yet"),
-        ({"tokenizer": "T", "converter": "any"}, "works"),
-        ({"tokenizer": "T", "generator": "G", "converter": "any"}, "not yet"),  # no pipeline
-        ({"generator": "G", "pipeline": "P", "converter": "any"}, "works"),
-        ({"generator": "G", "pipeline": "P", "examples": ("e.py",)}, "trains"),
-        ({"generator": "G", "pipeline": "P", "examples": ("e.py",), "weights_licence": None}, "works"),
+        ({"tokenizer": "T", "converter": "any", "parity": ("c",)}, "works"),
+        ({"tokenizer": "T", "generator": "G", "converter": "any", "parity": ("c",)}, "not yet"),  # no pipeline
+        ({"generator": "G", "pipeline": "P", "converter": "any", "parity": ("c",)}, "works"),
+        ({"generator": "G", "pipeline": "P", "converter": "any", "examples": ("e.py",)}, "trains"),  # no golden case
+        ({"generator": "G", "pipeline": "P", "examples": ("e.py",), "parity": ("c",)}, "trains"),
+        ({"generator": "G", "pipeline": "P", "examples": ("e.py",), "weights_licence": None}, "trains"),
+        (
+            {"generator": "G", "pipeline": "P", "examples": ("e.py",), "weights_licence": None, "parity": ("c",)},
+            "works",
+        ),
+        ({"diffusers": ("D",), "examples": ("e.py",)}, "trains"),
         ({"generator": "G", "pipeline": "P", "weights_licence": None}, "not yet"),
     ],
 )

@@ -27,9 +27,9 @@ def load_script(name: str) -> ModuleType:
 
 
 def run_script(script: str, folder: Path, *arguments: str) -> Path:
-    """Call the script with ``--output_dir folder``; the folder of its result."""
+    """Call the script with ``--output_dir folder``; the folder of its result. Errors are raised."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{script}.py", "--output_dir", str(folder), *arguments])
+        patch.setattr(sys, "argv", [f"{script}.py", "--debug", "--output_dir", str(folder), *arguments])
         patch.setattr(History, "plot", lambda self: None)
         load_script(script).main()
     return folder / "final"

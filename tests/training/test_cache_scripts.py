@@ -214,10 +214,12 @@ def test_latents_keep_the_posterior(tmp_path, autoencoder):
 def test_the_script_for_latents(tmp_path, tokenizer_folder, autoencoder, monkeypatch):
     autoencoder.save_pretrained(tmp_path / "kl" / "vae")
     arguments = ["--resolution", "8", "--limit", "6", "--no_progress", "--output_dir", str(tmp_path / "cache")]
-    monkeypatch.setattr(sys, "argv", ["x", "--tokenizer", str(tmp_path / "kl"), "--subfolder", "vae", *arguments])
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--debug", "--tokenizer", str(tmp_path / "kl"), "--subfolder", "vae", *arguments]
+    )
     load_script("cache_latents").main()
     assert TokenCache(tmp_path / "cache").info.tokenizer.class_name == "AutoencoderKL"
-    monkeypatch.setattr(sys, "argv", ["x", "--tokenizer", str(tokenizer_folder), *arguments])
+    monkeypatch.setattr(sys, "argv", ["x", "--debug", "--tokenizer", str(tokenizer_folder), *arguments])
     with pytest.raises(ValueError, match="has a codebook: use cache_tokens.py"):
         load_script("cache_latents").main()
 
@@ -226,7 +228,7 @@ def test_a_tokenizer_that_can_have_codes_and_has_none(tmp_path, monkeypatch):
     titok = build_model("TiTok", bottleneck="kl")
     titok.save_pretrained(tmp_path / "titok")
     arguments = ["--resolution", "8", "--limit", "6", "--no_progress", "--output_dir", str(tmp_path / "cache")]
-    monkeypatch.setattr(sys, "argv", ["x", "--tokenizer", str(tmp_path / "titok"), *arguments])
+    monkeypatch.setattr(sys, "argv", ["x", "--debug", "--tokenizer", str(tmp_path / "titok"), *arguments])
     with pytest.raises(ValueError, match="has no codebook: use cache_latents.py"):
         load_script("cache_tokens").main()
     load_script("cache_latents").main()

@@ -92,7 +92,7 @@ def test_var_script(tokenizer_run, tmp_path):
 
 
 def _fit(module, arguments: list[str]) -> None:
-    sys.argv = ["script", *arguments]
+    sys.argv = ["script", "--debug", *arguments]
     module.main()
 
 
@@ -235,6 +235,8 @@ def test_own_images(tmp_path, monkeypatch):
 def test_cached_codes_need_data_without_augmentation(tokenizer_run, tmp_path, monkeypatch):
     module = load_script("train_var")
     arguments = ["--output_dir", str(tmp_path), "--tokenizer", str(tokenizer_run / "final")]
-    monkeypatch.setattr(sys, "argv", ["train_var.py", *arguments, "--cache_codes", "--crop", "random", *TINY])
+    monkeypatch.setattr(
+        sys, "argv", ["train_var.py", "--debug", *arguments, "--cache_codes", "--crop", "random", *TINY]
+    )
     with pytest.raises(ValueError, match="--cache_codes keeps one version"):
         module.main()

@@ -158,7 +158,7 @@ def _fit(output: Path, model: Path, *arguments: str) -> dict[str, float]:
     tiny = ["--num_pairs", "64", "--num_inference_steps", "8", "--straightness_steps", "8", "--batch_size", "16"]
     flags = ["--output_dir", str(output), "--model", str(model), *tiny, "--num_validation_images", "16"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["reflow.py", *flags, "--no_progress", *arguments])
+        patch.setattr(sys, "argv", ["reflow.py", "--debug", *flags, "--no_progress", *arguments])
         patch.setattr(History, "plot", lambda self: None)
         script.main()
     lines = (output / "log.jsonl").read_text().splitlines()
