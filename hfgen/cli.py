@@ -132,8 +132,8 @@ def build_parser() -> argparse.ArgumentParser:
                         help="one PNG per image, one PNG with all, or an array arr_0, uint8 (N, H, W, 3) "
                         "(default: png)")  # fmt: skip
     sample.add_argument("--gif", action="store_true",
-                        help="masked-token and rectified-flow pipelines: also an animated GIF of the steps of each "
-                        "image")  # fmt: skip
+                        help="masked-token, rectified-flow and Transfusion pipelines: also an animated GIF of the "
+                        "steps of each image")  # fmt: skip
     _add_output(sample, "outputs")
     _add_device(sample)
 

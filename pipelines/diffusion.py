@@ -30,7 +30,13 @@ from hfgen.pipelines.diffusion_networks import (
     number_of_classes,
     uses_variance,
 )
-from hfgen.pipelines.inputs import callback_inputs, check_callback_inputs, check_common, check_generators
+from hfgen.pipelines.inputs import (
+    after_callback,
+    callback_inputs,
+    check_callback_inputs,
+    check_common,
+    check_generators,
+)
 from hfgen.pipelines.latents import (
     LatentDecoder,
     check_output_type,
@@ -202,7 +208,7 @@ class ImageDiffusionPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixi
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[ImageDiffusionPipeline, int, float, dict], dict] | None = None,
+        callback_on_step_end: Callable[[ImageDiffusionPipeline, int, float, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImageGenerationOutput | tuple:
         """Generate images.
@@ -282,7 +288,8 @@ class ImageDiffusionPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixi
                 if callback_on_step_end is not None:
                     available = {"latents": latents, "model_output": model_output}
                     tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs}
-                    latents = callback_on_step_end(self, i, timestep.item(), tensors).get("latents", latents)
+                    returned = callback_on_step_end(self, i, timestep.item(), tensors)
+                    latents = after_callback(returned, "latents", latents)
                 progress_bar.update()
 
         images = latents

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -77,7 +78,7 @@ def set_timesteps(
     elif takes_sigmas:
         sigmas = default_sigmas
     if sigmas is not None:
-        arguments["sigmas"] = list(sigmas)
+        arguments["sigmas"] = np.array(sigmas)  # some compute with them
     if config.get("use_dynamic_shifting"):
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         arguments["mu"] = config.base_shift + (num_tokens - config.base_image_seq_len) * slope

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -18,20 +19,33 @@ def to_pixels(image: Images) -> Tensor:
     """(B, 3, H, W) float in [-1, 1].
 
     Raises:
-        ValueError: a tensor of another shape or range.
+        ValueError: neither pictures of one size nor a tensor, or a tensor of another shape or range.
     """
     if isinstance(image, Tensor):
         if image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(f"An image tensor must be (B, 3, H, W) in [-1, 1], got shape {tuple(image.shape)}.")
-        if not image.is_floating_point() or image.min() < -1.001 or image.max() > 1.001:
+        if not image.is_floating_point() or not (image.min() >= -1.001 and image.max() <= 1.001):  # NaN neither
             raise ValueError(
                 f"An image tensor must be float in [-1, 1], got {image.dtype} from {image.min():g} to "
                 f"{image.max():g}; from uint8 use image / 127.5 - 1."
             )
         return image
-    images = [image] if isinstance(image, PIL.Image.Image) else list(image)
+    images = [image] if isinstance(image, PIL.Image.Image) else image
+    if not isinstance(images, Sequence) or not images or not all(isinstance(one, PIL.Image.Image) for one in images):
+        raise ValueError(
+            f"Expected a PIL image, a list of at least one, or a tensor (B, 3, H, W) in [-1, 1], got {_kind(images)}."
+        )
+    sizes = {one.size for one in images}
+    if len(sizes) > 1:
+        raise ValueError(f"Images of one batch must have one size, got {sorted(sizes)}; resize them.")
     arrays = [np.asarray(one.convert("RGB"), dtype=np.float32) / 127.5 - 1 for one in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__}"
+    return f"a {type(value).__name__} of {type(value[0]).__name__}" if value else f"an empty {type(value).__name__}"
 
 
 def to_mask(mask_image: PIL.Image.Image | Tensor) -> Tensor:
@@ -77,6 +91,11 @@ def check_generators(generator: torch.Generator | Sequence[torch.Generator] | No
 def callback_inputs(callback: Callable | None, names: Sequence[str]) -> Sequence[str]:
     """The tensors that a callback gets: those that one of diffusers' classes asks for itself, else ``names``."""
     return callback.tensor_inputs if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)) else names
+
+
+def after_callback(returned: Mapping[str, Any] | None, name: str, value: Any) -> Any:
+    """The tensor to go on with: what a callback returned under ``name``, else ``value``, also if it returned None."""
+    return value if returned is None else returned.get(name, value)
 
 
 def check_callback_inputs(names: Sequence[str], known: Sequence[str]) -> None:

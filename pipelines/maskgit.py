@@ -24,6 +24,7 @@ from hfgen.pipelines.class_labels import (
 from hfgen.pipelines.editing import blend_edit, check_edit, painted_tokens
 from hfgen.pipelines.inputs import (
     Images,
+    after_callback,
     callback_inputs,
     check_callback_inputs,
     check_common,
@@ -217,7 +218,7 @@ class MaskGITPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, Diff
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[MaskGITPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end: Callable[[MaskGITPipeline, int, int, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("codes",),
     ) -> ImageGenerationOutput | tuple:
         """Generate images, or edit one.
@@ -305,7 +306,8 @@ class MaskGITPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, Diff
                 if callback_on_step_end is not None:
                     available = {"codes": codes, "predicted_codes": predicted, "logits": logits}
                     tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, i, max(step.num_remasked), tensors).get("codes", codes)
+                    returned = callback_on_step_end(self, i, max(step.num_remasked), tensors)
+                    changed = after_callback(returned, "codes", codes)
                     if changed is not codes:
                         _check_changed(changed, step, transformer)
                         codes = changed

@@ -19,7 +19,13 @@ from hfgen.pipelines.class_labels import (
     ordered_class_names,
     saved_class_names,
 )
-from hfgen.pipelines.inputs import callback_inputs, check_callback_inputs, check_common, check_generators
+from hfgen.pipelines.inputs import (
+    after_callback,
+    callback_inputs,
+    check_callback_inputs,
+    check_common,
+    check_generators,
+)
 from hfgen.pipelines.latents import (
     LatentDecoder,
     check_channels,
@@ -162,7 +168,7 @@ class MeanFlowPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, Dif
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[MeanFlowPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end: Callable[[MeanFlowPipeline, int, int, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImageGenerationOutput | tuple:
         """Generate images.
@@ -218,7 +224,7 @@ class MeanFlowPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, Dif
                 latents = latents - (t - r) * self._average_velocity(latents, t, r, labels, scale)
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
-                    latents = callback_on_step_end(self, i, t, tensors).get("latents", latents)
+                    latents = after_callback(callback_on_step_end(self, i, t, tensors), "latents", latents)
                 progress_bar.update()
 
         images: Any = latents

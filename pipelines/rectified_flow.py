@@ -30,7 +30,7 @@ from hfgen.pipelines.flow_steps import (
     guidance_scales,
     set_network_timesteps,
 )
-from hfgen.pipelines.inputs import Images, callback_inputs, check_callback_inputs, to_pixels
+from hfgen.pipelines.inputs import Images, after_callback, callback_inputs, check_callback_inputs, to_pixels
 from hfgen.pipelines.latents import check_channels, check_guidance_channels, decode_latents, initial_noise
 from hfgen.pipelines.outputs import ImageGenerationOutput
 from hfgen.pipelines.text_conditioning import TextEncoder, check_encoders
@@ -192,7 +192,7 @@ class RectifiedFlowPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin
         max_sequence_length: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[RectifiedFlowPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end: Callable[[RectifiedFlowPipeline, int, int, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImageGenerationOutput | tuple:
         """Generate images, or change some.
@@ -291,7 +291,7 @@ class RectifiedFlowPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin
                 if callback_on_step_end is not None:
                     available = {"latents": latents, "velocity": velocity, "denoised": before - times[i] * velocity}
                     tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs}
-                    latents = callback_on_step_end(self, i, timestep, tensors).get("latents", latents)
+                    latents = after_callback(callback_on_step_end(self, i, timestep, tensors), "latents", latents)
                 progress_bar.update()
 
         images: Any = latents

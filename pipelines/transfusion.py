@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import PIL.Image
@@ -45,6 +47,8 @@ from hfgen.pipelines.transfusion_sequence import MixedSequence, begin_sequence, 
 from hfgen.pipelines.transfusion_text import TransfusionVocabulary
 from hfgen.pipelines.transfusion_writing import TextSettings, write_mixed, write_texts
 from hfgen.publishing import PublishMixin
+
+logger = logging.getLogger(__name__)
 
 Part = str | PIL.Image.Image | Tensor
 
@@ -176,7 +180,7 @@ class TransfusionPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, 
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[TransfusionPipeline, int, float, dict], dict] | None = None,
+        callback_on_step_end: Callable[[TransfusionPipeline, int, float, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
     ) -> ImageGenerationOutput | tuple:
         """Draw images.
@@ -201,7 +205,7 @@ class TransfusionPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, 
                 {"latents": ...} to replace them.
             callback_on_step_end_tensor_inputs: which of "latents" and "denoised" (the image that the prediction points
                 to, which ``pipe.decode_latents`` shows), each (B, C, h, w), it gets, and of discrete images "codes"
-                (B, i + 1), those drawn so far, with the last one as timestep; all by default.
+                (B, i + 1), those drawn so far, with the last one as timestep; by default the first of them.
 
         Returns:
             ``images`` and ``nfe``, the passes over them: one for each step of the scheduler or for each code. The text
@@ -213,6 +217,8 @@ class TransfusionPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, 
         names = self._callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         settings = PaintingSettings(height, width, num_inference_steps, guidance_scale, temperature, top_k, top_p)
         self.check_inputs(num_images_per_prompt, settings, output_type, names)
+        if not self.transformer.is_discrete and (temperature, top_k, top_p) != (1.0, 0, 1.0):
+            raise ValueError("temperature, top_k and top_p are of discrete images; continuous ones are denoised.")
         rows = self.encode_prompts(prompt, class_labels, num_images_per_prompt)
         check_generators(generator, len(rows))
         null_rows = negative_rows(self.encode_prompts(negative_prompt, None, 1), rows, num_images_per_prompt)
@@ -246,16 +252,19 @@ class TransfusionPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, 
         top_p: float = 1.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         return_dict: bool = True,
+        callback_on_text: Callable[[TransfusionPipeline, list[str]], None] | None = None,
     ) -> CaptionOutput | tuple:
         """Write texts about images, all of one size.
 
         Args:
-            image: PIL or a list of them, or pixels (B, 3, H, W) in [-1, 1].
+            image: PIL or a list of them, or pixels (B, 3, H, W) in [-1, 1], of the size of training.
             prompt: after the image, such as a question or the beginning of the text; it is not repeated in the texts.
             max_new_tokens: of each text, which ends earlier where the transformer ends it.
             temperature, top_k, top_p: of the draw of tokens; a temperature of 0 takes the likeliest.
             generator: one generator for the batch, or a list with one per image.
             return_dict: return a :class:`CaptionOutput` instead of a tuple.
+            callback_on_text: called as ``callback(pipe, pieces)`` after each token, with what it adds to each text,
+                which can be nothing.
 
         Raises:
             ValueError: arguments that cannot be sampled with.
@@ -266,10 +275,10 @@ class TransfusionPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, 
         check_generators(generator, len(pixels))
         sequence = self._begin([pixels, prompt], max_new_tokens)
         settings = TextSettings(temperature, top_k, top_p, generator)
+        on_text = None if callback_on_text is None else partial(callback_on_text, self)
         with self.progress_bar(total=max_new_tokens) as progress_bar:
-            texts, nfe = write_texts(
-                sequence, self.vocabulary, settings, min(max_new_tokens, sequence.room + 1), progress_bar.update
-            )
+            most = min(max_new_tokens, sequence.room + 1)
+            texts, nfe = write_texts(sequence, self.vocabulary, settings, most, progress_bar.update, on_text)
         self.maybe_free_model_hooks()
         output = CaptionOutput(texts=texts, nfe=nfe)
         return output if return_dict else output.to_tuple()
@@ -293,7 +302,7 @@ class TransfusionPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, 
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_text: Callable[[TransfusionPipeline, str], None] | None = None,
-        callback_on_step_end: Callable[[TransfusionPipeline, int, float, dict], dict] | None = None,
+        callback_on_step_end: Callable[[TransfusionPipeline, int, float, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
     ) -> MixedOutput | tuple:
         """Go on with a sequence of texts and images, as the transformer decides.
@@ -324,6 +333,8 @@ class TransfusionPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, 
         config = self.transformer.config
         painter = self._painter(settings, generator)
         parts = [parts] if isinstance(parts, (str, PIL.Image.Image, Tensor)) else parts
+        if not isinstance(parts, Sequence):
+            raise ValueError(f"parts must be texts and images in order, got {parts!r}.")
         contents = [part if isinstance(part, str) else one_image(part) for part in parts]
         sequence = self._begin(contents, max_new_tokens + max_images * (painter.num_tokens + 2))
         if begin_with_image:
@@ -335,9 +346,9 @@ class TransfusionPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, 
             with self.progress_bar(total=painter.num_steps) as progress_bar:
                 return painter.paint(context, null, self._step_callback(callback_on_step_end, names, progress_bar))
 
-        def on_token(text: str) -> None:
+        def on_token(text: str, count: int) -> None:
             nonlocal num_tokens
-            num_tokens += 1
+            num_tokens += count
             if text and callback_on_text is not None:
                 callback_on_text(self, text)
 
@@ -360,6 +371,13 @@ class TransfusionPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, 
         return output if return_dict else output.to_tuple()
 
     def _begin(self, parts: Sequence[str | Tensor], room: int) -> MixedSequence:
+        known = self.config.image_size
+        for height, width in {tuple(part.shape[-2:]) for part in parts if isinstance(part, Tensor)}:
+            if known not in (None, height) or known not in (None, width):
+                logger.warning(
+                    "An image of %dx%d pixels is read by a transformer that was trained on %dx%d: resize it to these.",
+                    height, width, known, known,
+                )  # fmt: skip
         return begin_sequence(self.transformer, self.vocabulary, self.image_form, parts, room, self._execution_device)
 
     def _painter(
@@ -380,8 +398,10 @@ class TransfusionPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, 
     def _step_callback(self, callback: Callable | None, names: Sequence[str], progress_bar: Any) -> OnStep:
         """What is done after each step of an image."""
 
-        def on_step(i: int, timestep: float, available: dict[str, Tensor]) -> dict[str, Tensor]:
+        def on_step(i: int, timestep: float, available: dict[str, Tensor]) -> dict[str, Tensor] | None:
             progress_bar.update()
-            return {} if callback is None else callback(self, i, timestep, {name: available[name] for name in names})
+            if callback is None:
+                return None
+            return callback(self, i, timestep, {name: available[name] for name in names})
 
         return on_step

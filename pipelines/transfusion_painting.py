@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from hfgen.models.generators.transfusion import TransfusionTransformer
+from hfgen.pipelines.inputs import after_callback
 from hfgen.pipelines.latents import initial_noise
 from hfgen.pipelines.transfusion_images import ContinuousImages, ImageForm
 from hfgen.pipelines.transfusion_schedule import denoised, set_timesteps, step_arguments
@@ -20,7 +21,7 @@ from hfgen.sampling.transfusion import denoise, image_codes, read_texts
 from hfgen.sampling.transfusion_cache import TransfusionCache
 
 # After a step: (index, timestep or code index, tensors by name) -> tensors to go on with.
-OnStep = Callable[[int, float, dict[str, Tensor]], dict[str, Tensor]]
+OnStep = Callable[[int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Painter:
 
         def after(i: int, timestep: float, inputs: Tensor, prediction: Tensor, latents: Tensor) -> Tensor:
             clean = denoised(self.scheduler, i, timestep, inputs, prediction)
-            return on_step(i, timestep, {"latents": latents, "denoised": clean}).get("latents", latents)
+            return after_callback(on_step(i, timestep, {"latents": latents, "denoised": clean}), "latents", latents)
 
         set_timesteps(self.scheduler, self.settings.num_inference_steps, self.device)
         return denoise(

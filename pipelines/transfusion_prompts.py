@@ -18,11 +18,13 @@ def prompt_texts(prompt: Texts | None, class_labels: ClassLabels | None, class_n
         class_names: prompt of each class.
 
     Raises:
-        ValueError: both kinds of condition, or an unknown class.
+        ValueError: both kinds of condition, an unknown class, or a pipeline without classes.
     """
     if prompt is not None and class_labels is not None:
         raise ValueError("Got prompt and class_labels; give one of them.")
     if class_labels is not None:
+        if not class_names:
+            raise ValueError("The pipeline has no class_names, so it has no classes: give a prompt instead.")
         ids = class_ids(class_labels, class_names, len(class_names), unconditional=True)
         return [[*class_names, ""][label] for label in ids]
     return "" if prompt is None else prompt

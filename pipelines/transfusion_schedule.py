@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
@@ -84,7 +85,7 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int | None, de
         raise ValueError(f"num_inference_steps must be between 1 and {trained}, got {num_inference_steps}.")
     arguments: dict[str, Any] = {}
     if is_flow(scheduler) and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-        arguments["sigmas"] = even_sigmas(num_inference_steps)
+        arguments["sigmas"] = np.array(even_sigmas(num_inference_steps))  # some compute with them
     scheduler.set_timesteps(num_inference_steps, device=device, **arguments)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else the scheduler would look for each timestep on the device

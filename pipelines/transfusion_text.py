@@ -32,18 +32,23 @@ class TransfusionVocabulary:
         )
         markers = (config.boi_token_id, config.eoi_token_id, config.image_token_id, config.pad_token_id)
         edges = (config.bos_token_id, config.eos_token_id)
-        self.special = {token for token in (*markers, *edges) if token is not None}
+        theirs = () if tokenizer is None else (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        self.special = {token for token in (*markers, *edges, *theirs) if token is not None}
         if tokenizer is not None:
-            self._check_tokenizer()
+            self._check_tokenizer(self.special.difference(theirs))
 
-    def _check_tokenizer(self) -> None:
-        num_text = self.config.vocab_size
-        while num_text - 1 in self.special or num_text - 1 in self.codes:
-            num_text -= 1
-        if len(self.tokenizer) != num_text:
+    def _check_tokenizer(self, added: set[int]) -> None:
+        """``added``: the special ids that the tokenizer does not have."""
+        num_text, known = self.config.num_text_tokens, len(self.tokenizer)
+        if num_text is None:
+            num_text = self.config.vocab_size
+            while num_text - 1 in added or num_text - 1 in self.codes:
+                num_text -= 1
+        if known != num_text:
             raise ValueError(
-                f"The tokenizer has {len(self.tokenizer)} tokens, but the transformer has {num_text} for text, before "
-                "its special ids and codes; use the tokenizer that the transformer was trained with."
+                f"The tokenizer has {known} tokens, but the transformer has {num_text} for text, before its special "
+                "ids and codes; use the tokenizer that the transformer was trained with. A transformer whose "
+                "vocabulary was padded says so by num_text_tokens."
             )
         for name in ("bos_token_id", "eos_token_id"):
             ours, theirs = self.config[name], getattr(self.tokenizer, name)
@@ -62,7 +67,7 @@ class TransfusionVocabulary:
         if self.tokenizer is None:
             raise ValueError("The pipeline has no tokenizer, so it reads no text: give it one, or no prompt.")
         if not isinstance(text, str):
-            raise ValueError(f"A prompt is a text or a list of at least one, got {text!r}.")
+            raise ValueError(f"Expected a text, got {text!r}.")
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         special = [token for token in ids if token in self.special or token in self.codes]
         if special:
@@ -78,9 +83,11 @@ class TransfusionVocabulary:
         Raises:
             ValueError: as :meth:`encode`, or no prompt at all.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise ValueError("prompt is empty; give at least one text, or None for unconditional images.")
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, Sequence) or not prompts:
+            raise ValueError(
+                f"prompt must be a text or a list of at least one, or None for unconditional images, got {prompts!r}."
+            )
         texts = [[] if prompt == "" else self.encode(prompt) for prompt in prompts]
         return [[self.config.bos_token_id, *text, self.config.boi_token_id] for text in texts]
 
@@ -98,14 +105,19 @@ class TransfusionVocabulary:
         """(V,) boolean, the ids that text is never drawn from.
 
         These are the beginning, padding, slots and codes of images, the end of an image, which no token of text
-        precedes, and ``others``.
+        precedes, ids without a meaning, what the tokenizer has for unknown words and the like, and ``others``.
         """
-        blocked = torch.zeros(self.config.vocab_size, dtype=torch.bool)
         config = self.config
-        never = (config.bos_token_id, config.pad_token_id, config.image_token_id, config.eoi_token_id, *others)
-        blocked[[token for token in never if token is not None]] = True
-        blocked[list(self.codes)] = True
+        drawn = {config.boi_token_id, config.eos_token_id}
+        never = {*others, *self.special, *self.codes} | (set() if self.tokenizer is None else self._meaningless())
+        never = {token for token in never if token is not None and (token in others or token not in drawn)}
+        blocked = torch.zeros(config.vocab_size, dtype=torch.bool)
+        blocked[sorted(never)] = True
         return blocked.to(device)
+
+    def _meaningless(self) -> set[int]:
+        """Ids that are no text: the tokenizer's special ones, and those of rows that pad the vocabulary."""
+        return {*self.tokenizer.all_special_ids, *range(len(self.tokenizer), self.config.vocab_size)}
 
 
 class GrowingText:
@@ -113,19 +125,28 @@ class GrowingText:
 
     Args:
         vocabulary: decodes it.
+
+    Attributes:
+        ended: whether a token has ended it; what comes later does not count.
     """
 
     def __init__(self, vocabulary: TransfusionVocabulary):
-        self._vocabulary, self._ids, self._shown = vocabulary, [], ""
+        self._vocabulary, self._ids, self._shown = vocabulary, [], 0
+        self.ended = False
 
-    def add(self, token: int) -> str:
-        """What a token adds to the text; nothing while it is part of an unfinished character."""
-        self._ids.append(token)
-        text = self._vocabulary.decode(self._ids)
-        if text.endswith("\ufffd"):
+    def add(self, token: int, *, ends: bool) -> None:
+        """Add a token, or the one that ``ends`` the text."""
+        self.ended = self.ended or ends
+        if not self.ended:
+            self._ids.append(token)
+
+    def piece(self, *, last: bool = False) -> str:
+        """What is new since the last call; characters that are not finished wait, unless nothing more comes."""
+        text = self.text
+        if text.endswith("\ufffd") and not last:
             return ""
-        new, self._shown = text[len(self._shown) :], text
-        return new
+        shown, self._shown = self._shown, len(text)
+        return text[shown:]
 
     @property
     def text(self) -> str:

@@ -47,6 +47,7 @@ def write_texts(
     settings: TextSettings,
     max_new_tokens: int,
     on_token: Callable[[], None],
+    on_text: Callable[[list[str]], None] | None = None,
 ) -> tuple[list[str], int]:
     """Go on with text alone until every row has ended.
 
@@ -56,23 +57,26 @@ def write_texts(
         settings: of the draws.
         max_new_tokens: of each row.
         on_token: called after each token.
+        on_text: called after each token with what it adds to each text, also nothing.
 
     Returns:
         R texts, and how many tokens the longest has, with its end.
     """
-    config, device = sequence.transformer.config, sequence.device
-    blocked = vocabulary.blocked(config.boi_token_id, device=device)
-    drawn, ended = [], torch.zeros(len(sequence.cache.padding), dtype=torch.bool, device=device)
+    config = sequence.transformer.config
+    blocked = vocabulary.blocked(config.boi_token_id, device=sequence.device)
+    texts, count = [GrowingText(vocabulary) for _ in sequence.cache.padding], 0
     for tokens in itertools.islice(draw_tokens(sequence, blocked, settings), max_new_tokens):
-        drawn.append(tokens)
+        count += 1
+        for text, token in zip(texts, tokens.tolist()):
+            text.add(token, ends=token == config.eos_token_id)
         on_token()
-        if config.eos_token_id is not None:
-            ended |= tokens == config.eos_token_id
-            if ended.all():
-                break
-    rows = torch.stack(drawn, dim=1).tolist()
-    rows = [row[: row.index(config.eos_token_id)] if config.eos_token_id in row else row for row in rows]
-    return [vocabulary.decode(row) for row in rows], len(drawn)
+        if on_text is not None:
+            on_text([text.piece() for text in texts])
+        if all(text.ended for text in texts):
+            break
+    if on_text is not None and any(rest := [text.piece(last=True) for text in texts]):
+        on_text(rest)
+    return [text.text for text in texts], count
 
 
 def write_mixed(
@@ -85,7 +89,7 @@ def write_mixed(
     max_new_tokens: int,
     max_images: int,
     begin_with_image: bool,
-    on_token: Callable[[str], None],
+    on_token: Callable[[str, int], None],
 ) -> Iterator[str | Tensor]:
     """Go on with text and images as the transformer decides.
 
@@ -98,7 +102,7 @@ def write_mixed(
         max_new_tokens: of text.
         max_images: after so many the transformer begins no more, nor where an image does not fit into the sequence.
         begin_with_image: draw an image first, without asking the transformer.
-        on_token: called with what each token adds to the text.
+        on_token: called with what each token adds to the text, and with 1; with 0 for what had to wait for the end.
 
     Yields:
         Texts and images, in order and complete.
@@ -114,15 +118,21 @@ def write_mixed(
             if not max_new_tokens:
                 return
             sequence.close_image(image)
-        text, token, stream = GrowingText(vocabulary), None, draw_tokens(sequence, blocked, settings)
-        while max_new_tokens and sequence.room and token not in (config.boi_token_id, config.eos_token_id):
-            # The last token has not run yet; an image takes its tokens and two markers.
-            blocked[config.boi_token_id] = not max_images or sequence.room < num_image_tokens + 3
+        text, stream = GrowingText(vocabulary), draw_tokens(sequence, blocked, settings)
+        draw_image = text_ended = False
+        waiting = 0  # the last token, which has not run yet
+        while max_new_tokens and sequence.room >= waiting and not draw_image and not text_ended:
+            # An image takes its tokens and two markers.
+            blocked[config.boi_token_id] = not max_images or sequence.room < waiting + num_image_tokens + 2
             token = next(stream).item()
+            waiting = 1
             max_new_tokens -= 1
-            on_token(text.add(token))
+            draw_image, text_ended = token == config.boi_token_id, token == config.eos_token_id
+            text.add(token, ends=text_ended)
+            on_token(text.piece(), 1)
+        if rest := text.piece(last=True):
+            on_token(rest, 0)
         if text.text:
             yield text.text
-        draw_image = token == config.boi_token_id
         if not draw_image:
             return

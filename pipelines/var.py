@@ -26,6 +26,7 @@ from hfgen.pipelines.class_labels import (
 )
 from hfgen.pipelines.inputs import (
     Images,
+    after_callback,
     callback_inputs,
     check_callback_inputs,
     check_common,
@@ -163,7 +164,7 @@ class VARPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, Diffusio
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[VARPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end: Callable[[VARPipeline, int, int, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("f_hat",),
     ) -> ImageGenerationOutput | tuple:
         """Generate images, or edit one.
@@ -251,7 +252,7 @@ class VARPipeline(ClassNamesMixin, PublishMixin, PortablePipelineMixin, Diffusio
                 if callback_on_step_end is not None:
                     available = {"f_hat": f_hat, "codes": codes, "logits": logits}
                     tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, scale, side, tensors).get("f_hat", f_hat)
+                    changed = after_callback(callback_on_step_end(self, scale, side, tensors), "f_hat", f_hat)
                     if changed is not f_hat:
                         f_hat = changed
                         if next_input is not None:

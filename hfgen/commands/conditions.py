@@ -45,6 +45,9 @@ def asked_for(pipeline: DiffusionPipeline, options: argparse.Namespace) -> Condi
         ValueError: the pipeline takes another condition, or needs one.
     """
     takes = taken_argument(pipeline)
+    is_mixed = isinstance(pipeline, TransfusionPipeline)
+    if is_mixed and options.labels is not None and pipeline.class_names:
+        takes = "class_labels"  # which stand for prompts
     given = {"class_labels": options.labels, "prompt": given_prompts(options)}
     for argument, value in given.items():
         if value is not None and argument != takes:
@@ -53,10 +56,11 @@ def asked_for(pipeline: DiffusionPipeline, options: argparse.Namespace) -> Condi
     if takes is None:
         return Conditions(None, [None] * options.num, [""] * options.num)
     if given[takes] is None:
-        raise ValueError(f"This {type(pipeline).__name__} needs a condition: give {OPTIONS[takes]}.")
+        without = ', or --prompt "" to draw without one' if is_mixed else ""
+        raise ValueError(f"This {type(pipeline).__name__} needs a condition: give {OPTIONS[takes]}{without}.")
     values, names = given[takes], {}
     if takes == "class_labels":
-        count = number_of_classes(pipeline.transformer)
+        count = len(pipeline.class_names) if is_mixed else number_of_classes(pipeline.transformer)
         values = range(count) if values == "all" else values
         for label in values:  # the pipeline itself takes one more, which is no class
             if isinstance(label, int) and label >= count:

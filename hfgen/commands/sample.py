@@ -105,7 +105,8 @@ def step_recorder(pipeline: DiffusionPipeline) -> StepRecorder | DenoisedRecorde
         if set(recorder.tensor_inputs) <= set(known):
             return recorder()
     raise ValueError(
-        f"--gif shows the steps of masked-token and rectified-flow pipelines; {type(pipeline).__name__} is none."
+        f"--gif shows the steps of masked-token, rectified-flow and Transfusion pipelines; "
+        f"{type(pipeline).__name__} is none."
     )
 
 

@@ -7,6 +7,8 @@ A document is one sequence. An image in it is a run of slots between two markers
     no caption       bos boi slots eoi
     text             bos text eos
 
+A text that goes on after the document has no eos, which would teach that it ends there.
+
 The slots are of as many tokens as an image has; whoever knows the images puts patches or codes there.
 """
 
@@ -61,14 +63,14 @@ class SequenceFormat:
         """Tokens of a document with an image besides its caption."""
         return self.num_slots + 4
 
-    def text(self, text: Sequence[int]) -> Document:
+    def text(self, text: Sequence[int], *, goes_on: bool = False) -> Document:
         """Text alone."""
-        return Document((self.bos, *text, self.eos))
+        return Document((self.bos, *text, *self._end(goes_on)))
 
-    def captioned(self, caption: Sequence[int], image: int, *, image_first: bool) -> Document:
-        """An image and its caption in either order."""
+    def captioned(self, caption: Sequence[int], image: int, *, image_first: bool, goes_on: bool = False) -> Document:
+        """An image and its caption, or the beginning of one that ``goes_on``, in either order."""
         parts = (*self._image(), *caption) if image_first else (*caption, *self._image())
-        return Document((self.bos, *parts, self.eos), (image,), image_first)
+        return Document((self.bos, *parts, *self._end(goes_on and image_first)), (image,), image_first)
 
     def uncaptioned(self, image: int) -> Document:
         """An image without its caption.
@@ -76,6 +78,9 @@ class SequenceFormat:
         It ends with the image: an end of the document would teach that images have no captions.
         """
         return Document((self.bos, *self._image()), (image,))
+
+    def _end(self, goes_on: bool) -> tuple[int, ...]:
+        return () if goes_on else (self.eos,)
 
     def _image(self) -> tuple[int, ...]:
         return (self.boi, *[self.slot] * self.num_slots, self.eoi)

@@ -152,6 +152,19 @@ class HFGenModel(PublishMixin, PortableConfigMixin, ModelMixin, ConfigMixin, Pef
     original_system: ClassVar[str | None] = None
     original_part: ClassVar[str | None] = None
 
+    def set_attention_backend(self, backend: str) -> None:
+        """As in diffusers, for layers of diffusers and hfgen.
+
+        Raises:
+            ValueError: another backend than "native" for layers of transformers, which do not ask for it.
+        """
+        if backend != "native" and any(type(part).__module__.startswith("transformers.") for part in self.modules()):
+            raise ValueError(
+                f"The attention layers of {type(self).__name__} are those of transformers and always run PyTorch's "
+                f"scaled_dot_product_attention: leave the backend at 'native', got {backend!r}."
+            )
+        super().set_attention_backend(backend)
+
     @classmethod
     def from_preset(cls, name: str) -> HFGenModel:
         """A freshly initialised model of a published size; under ``torch.device("meta")`` it takes no memory."""

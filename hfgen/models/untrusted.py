@@ -117,6 +117,13 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def _described(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_described, arguments))
+    if annotation is types.NoneType:
+        return "none"
     return "a finite float" if annotation is float else getattr(annotation, "__name__", str(annotation))
 
 

@@ -17,11 +17,7 @@ from hfgen.training.transfusion_text import SequenceWriter
 def new_transformer(
     config: TransfusionTrainingConfig, images: ContinuousImages | DiscreteImages, writer: SequenceWriter
 ) -> TransfusionTransformer:
-    """The transformer of a run: a new one, or one that starts from ``--llama``.
-
-    Raises:
-        ValueError: the vocabulary of the Llama is not that of its tokenizer.
-    """
+    """The transformer of a run: a new one, or one that starts from ``--llama``."""
     arguments = images.transformer_arguments()
     if config.llama is not None:
         return _from_llama(config, arguments, writer)
@@ -41,6 +37,7 @@ def new_transformer(
         eoi_token_id=ids.eoi,
         pad_token_id=ids.pad,
         image_token_id=None if discrete else first_free,
+        num_text_tokens=len(writer.tokenizer),
         code_offset=first_free if discrete else None,
         **arguments,
     )
@@ -70,11 +67,10 @@ def _from_llama(
 ) -> TransfusionTransformer:
     with loading_flag("llama", config.llama):
         transformer = TransfusionTransformer.from_llama(
-            config.llama, context_length=config.context_length, **arguments
-        )
-    if transformer.config.boi_token_id != writer.format.boi:
-        raise ValueError(
-            f"--llama {config.llama} has {transformer.config.boi_token_id} ids, but its tokenizer "
-            f"{writer.format.boi}; name the tokenizer that belongs to it with --text_tokenizer."
+            config.llama,
+            context_length=config.context_length,
+            eos_token_id=writer.format.eos,
+            num_text_tokens=len(writer.tokenizer),
+            **arguments,
         )
     return transformer.train()

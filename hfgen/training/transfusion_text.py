@@ -10,12 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from hfgen.data.sequences import Document, PackedRows, SequenceFormat, pack
 from hfgen.data.texts import Texts, load_texts
+from hfgen.models.generators.llama_checkpoint import llama_arguments, llama_folder
 from hfgen.training.captions import caption_length, caption_tokenizer, first_captions
 from hfgen.training.flag_sources import loading_flag
 from hfgen.training.transfusion import TransfusionTrainingConfig
 
 MAX_CAPTION_TOKENS = 256
 SLOT = -1
+_PADDED_TO = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 class SequenceWriter:
@@ -43,7 +45,7 @@ class SequenceWriter:
             raise ValueError(f"--dataset {config.dataset} has no captions, which Transfusion learns from.")
         captions = first_captions(data)
         self.tokenizer = _tokenizer(config, captions)
-        first = len(self.tokenizer)
+        first = len(self.tokenizer) if config.llama is None else _llama_ids(config, self.tokenizer)
         self.format = SequenceFormat(
             bos=self.tokenizer.bos_token_id,
             eos=self.tokenizer.eos_token_id,
@@ -88,24 +90,31 @@ class SequenceWriter:
         config = self.config
         share, *draws = torch.rand(1 + 2 * len(captions), generator=generator, device=generator.device).tolist()
         if share < config.text_only_share:
-            return self.texts_alone(self._draw_texts(captions, generator))
+            return self.texts_alone(self._draw_texts(captions, generator), generator)
         dropped = [draw < config.caption_dropout for draw in draws[: len(captions)]]
         image_first = [draw >= config.caption_first_share for draw in draws[len(captions) :]]
         documents = [
-            self.format.uncaptioned(index) if drop else self.format.captioned(ids, index, image_first=first)
-            for index, (ids, drop, first) in enumerate(zip(self._cut(captions), dropped, image_first))
+            self.format.uncaptioned(index) if drop else self._captioned(ids, index, first)
+            for index, (ids, drop, first) in enumerate(zip(self._encode(captions), dropped, image_first))
         ]
         return self._pack(documents)
 
     def captioned(self, captions: Sequence[str], *, image_first: bool) -> PackedRows:
         """The rows of images with their captions in one order."""
-        ids = self._cut(captions)
-        return self._pack([self.format.captioned(each, i, image_first=image_first) for i, each in enumerate(ids)])
+        ids = self._encode(captions)
+        return self._pack([self._captioned(each, index, image_first) for index, each in enumerate(ids)])
 
-    def texts_alone(self, texts: Sequence[str]) -> PackedRows:
-        """The rows of texts, of which each is cut to the length of a row."""
+    def texts_alone(self, texts: Sequence[str], generator: torch.Generator | None = None) -> PackedRows:
+        """The rows of texts; of one that is longer than a row, the part that ``generator`` draws, or the first."""
         longest = min(self.row_length, self.config.context_length) - 2
-        return self._pack([self.format.text(ids[:longest]) for ids in self._encode(texts)])
+        documents = []
+        for ids in self._encode(texts):
+            parts = [ids[start : start + longest] for start in range(0, len(ids), longest)] or [[]]
+            index = 0
+            if generator is not None and len(parts) > 1:
+                index = int(torch.randint(len(parts), (), generator=generator, device=generator.device))
+            documents.append(self.format.text(parts[index], goes_on=index < len(parts) - 1))
+        return self._pack(documents)
 
     def held_out(self, captions: Sequence[str], first: int) -> Sequence[str]:
         """Texts to validate with: those that were kept, in place of as many captions, which begin with the i-th."""
@@ -126,8 +135,9 @@ class SequenceWriter:
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _cut(self, captions: Sequence[str]) -> list[list[int]]:
-        return [ids[: self.text_tokens] for ids in self._encode(captions)]
+    def _captioned(self, ids: list[int], image: int, image_first: bool) -> Document:
+        cut = ids[: self.text_tokens]
+        return self.format.captioned(cut, image, image_first=image_first, goes_on=len(cut) < len(ids))
 
 
 def _tokenizer(config: TransfusionTrainingConfig, captions: Sequence[str]) -> PreTrainedTokenizerBase:
@@ -138,3 +148,26 @@ def _tokenizer(config: TransfusionTrainingConfig, captions: Sequence[str]) -> Pr
     if missing:
         raise ValueError(f"The tokenizer {source} has no {' and no '.join(missing)}, which mark the ends of a text.")
     return tokenizer
+
+
+def _llama_ids(config: TransfusionTrainingConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of ids of ``--llama``, after which the markers come.
+
+    Raises:
+        ValueError: they are not those of the tokenizer, nor these padded to a multiple of a power of two.
+    """
+    with loading_flag("llama", config.llama):
+        arguments = llama_arguments(llama_folder(config.llama), tokenizer.eos_token_id)
+    num_ids, num_tokens = arguments["vocab_size"], len(tokenizer)
+    is_padded = any(num_ids == -(-num_tokens // multiple) * multiple for multiple in _PADDED_TO)
+    if num_ids != num_tokens and not is_padded:
+        raise ValueError(
+            f"--llama {config.llama} has {num_ids} ids, but its tokenizer {num_tokens}; name the tokenizer that "
+            "belongs to it with --text_tokenizer."
+        )
+    if arguments["bos_token_id"] != tokenizer.bos_token_id:
+        raise ValueError(
+            f"--llama {config.llama} begins texts with {arguments['bos_token_id']}, but its tokenizer with "
+            f"{tokenizer.bos_token_id}; name the tokenizer that belongs to it with --text_tokenizer."
+        )
+    return num_ids

@@ -181,7 +181,7 @@ def test_what_a_pipeline_does_not_take(folders, tmp_path, capsys):
     )
     assert "no setting --negative-prompt" in error("mean_flow", "--labels", 0, "--negative-prompt", "x")
     assert "height must be a multiple of 2" in error("classes", "--labels", 0, "--height", 7)
-    assert "rectified-flow pipelines; MeanFlowPipeline is none" in error("mean_flow", "--labels", 0, "--gif")
+    assert "Transfusion pipelines; MeanFlowPipeline is none" in error("mean_flow", "--labels", 0, "--gif")
     assert not (tmp_path / "out").exists()
 
 

@@ -70,7 +70,7 @@ def test_sample_names_what_is_wrong(pipeline_folder, tmp_path, capsys):
     assert "MaskGITPipeline has no setting --top-k; it has --num-inference-steps, --guidance-scale" in message
     build_pipeline("VARPipeline").save_pretrained(tmp_path / "var")
     message = error_of(capsys, "sample", tmp_path / "var", *CPU, "--output", tmp_path / "out", "--labels", 0, "--gif")
-    assert "--gif shows the steps of masked-token and rectified-flow pipelines; VARPipeline is none" in message
+    assert "masked-token, rectified-flow and Transfusion pipelines; VARPipeline is none" in message
     assert not (tmp_path / "out").exists()
 
 

@@ -26,6 +26,12 @@ def test_documents():
     assert FORMAT.uncaptioned(0).ids == (BOS, *IMAGE) and not FORMAT.uncaptioned(0).image_first
 
 
+def test_what_goes_on_has_no_end():
+    assert FORMAT.text([7, 8], goes_on=True).ids == (BOS, 7, 8)
+    assert FORMAT.captioned([7], 0, image_first=True, goes_on=True).ids == (BOS, *IMAGE, 7)
+    assert FORMAT.captioned([7], 0, image_first=False, goes_on=True).ids == (BOS, 7, *IMAGE, EOS)
+
+
 def test_rows_hold_every_document_once():
     documents = _documents(3, 5, 2, 4, 1)
     rows = pack(documents, 8, PAD)

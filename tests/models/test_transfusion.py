@@ -356,6 +356,13 @@ def test_saved_models_keep_their_mode(tmp_path):
         ({"codebook_size": 4}, "leave them out"),
         ({"image_adapter": "unet", "adapter_channels": (8, 8, 8)}, "3 levels does not make patches of patch_size=2"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'; choose one of default"),
+        ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
+        ({"latent_channels": 0}, "latent_channels must be at least 1"),
+        ({"num_layers": 0}, "num_layers must be at least 1"),
+        ({"context_length": 0}, "context_length must be at least 1"),
+        ({"num_attention_heads": 32}, "must be an even multiple of num_attention_heads=32"),
+        ({"num_text_tokens": 17}, "num_text_tokens must be between 1 and vocab_size=16, got 17"),
+        ({**DISCRETE, "codebook_size": -3}, "got codebook_size=-3"),
         ({**DISCRETE, "code_offset": None}, "need codebook_size and code_offset"),
         ({**DISCRETE, "code_offset": 17}, "all codes below vocab_size=24"),
         ({**DISCRETE, "code_offset": 14}, r"lie among the codes \[14, 21\].*'pad_token_id': 14"),
@@ -383,12 +390,36 @@ def test_impossible_configurations(arguments, message):
         ({"input_ids": torch.tensor([[BOS, BOI, *SLOTS, *SLOTS, EOI]])}, "hold 1 images .* but latents hold 2"),
         ({"input_ids": torch.tensor([[BOS, 1, *SLOTS, EOI, BOI, *SLOTS, 3]])}, "boi_token_id=12 .* 2 of these"),
         ({"input_ids": torch.tensor([[*SLOTS, EOI, BOI, *SLOTS, EOI]])}, "1 of these markers are missing"),
+        ({"input_ids": torch.tensor([[BOI, 1, BOI, *SLOTS, EOI, BOI, *SLOTS, EOI]])}, "1 are not beside an image"),
+        ({"input_ids": torch.tensor([[BOI, *SLOTS, EOI, BOI, *SLOTS, EOI, 1, EOI]])}, "1 are not beside an image"),
+        ({"position_ids": torch.arange(50, 50 + len(TWO_IMAGES))[None]}, "tokens, but the context of the model is 64"),
     ],
 )
 def test_bad_inputs(changes, message):
     model = tiny()
     with pytest.raises(ValueError, match=message):
         model(**batch(model, [TWO_IMAGES]) | changes)
+
+
+def test_segments_are_checked_each_for_itself():
+    model, image = tiny(), [BOI, *SLOTS, EOI]
+    ids = torch.tensor([[BOS, 1, BOI, *SLOTS, EOI, 1]])
+    segments = torch.tensor([[1, 1, 1, *[2] * (len(SLOTS) + 2)]])
+    with pytest.raises(ValueError, match="1 of these markers are missing"):  # the marker is in the segment before
+        model(ids, latents(1), times(1), segment_ids=segments)
+    rows = torch.tensor([[*image, 1, 1] * 12])
+    model(rows, latents(12), times(12), segment_ids=torch.arange(12).repeat_interleave(len(image) + 2)[None])
+    with pytest.raises(ValueError, match="context of the model is 64"):
+        model(rows, latents(12), times(12), segment_ids=torch.ones_like(rows))
+
+
+def test_a_sequence_may_end_where_an_image_is_drawn():
+    """After the marker that begins it, in a row and in a segment, and with padding behind."""
+    model, start = tiny(), [BOS, 1, BOI]
+    no_images = {"latents": latents(2)[:0], "timesteps": times(2)[:0]}
+    assert model(torch.tensor([start]), **no_images).logits.isfinite().all()
+    assert model(torch.tensor([[*start, PAD, PAD]]), **no_images).logits.isfinite().all()
+    model(torch.tensor([start + start]), **no_images, segment_ids=torch.tensor([[1, 1, 1, 2, 2, 2]]))
 
 
 def test_a_discrete_model_takes_no_latents():

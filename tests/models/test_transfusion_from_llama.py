@@ -145,6 +145,15 @@ def test_other_models_are_refused(tmp_path, changes, message):
         TransfusionTransformer.from_llama(tmp_path)
 
 
+def test_what_is_no_checkpoint(tmp_path):
+    for source in (tmp_path / "a" / "b" / "none", "a/b/c"):
+        with pytest.raises(OSError, match="There is no folder .* no Hub id such as USER/NAME"):
+            TransfusionTransformer.from_llama(source)
+    llama(tmp_path)
+    with pytest.raises(ValueError, match="image_mode = 'pixels'; expected one of 'continuous', 'discrete'"):
+        TransfusionTransformer.from_llama(tmp_path, image_mode="pixels")
+
+
 def test_the_end_of_text_can_be_chosen(tmp_path):
     llama(tmp_path)
     change_config(tmp_path, eos_token_id=[2, 3])

@@ -283,7 +283,7 @@ REFUSED = {
     "several images in a part": (lambda pipe: pipe.generate([torch.zeros(2, 3, 8, 8)]), "batch of 2 images"),
     "two conditions": (lambda pipe: pipe("a", class_labels=0), "prompt and class_labels"),
     "class": (lambda pipe: pipe(class_labels=7), "7 is out of range"),
-    "no prompts": (lambda pipe: pipe([]), "at least one text"),
+    "no prompts": (lambda pipe: pipe([]), "list of at least one"),
     "negative prompts": (lambda pipe: pipe(["a"] * 3, negative_prompt=["b"] * 2), "2 negative prompts for 3"),
     "no text": (lambda pipe: pipe([3]), "got 3"),
     "steps": (lambda pipe: pipe("a", num_inference_steps=0), "between 1 and 1000, got 0"),

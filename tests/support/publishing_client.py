@@ -93,7 +93,7 @@ def training(folder: Path) -> dict[str, object]:
     """A run whose uploads all fail, and one whose token is wrong."""
     script = str(Path(__file__).resolve().parents[2] / "examples" / "train_var.py")
     arguments = [
-        script, "--tokenizer", str(folder / "tokenizer"), "--output_dir", str(folder / "cut"),
+        script, "--tokenizer", str(folder / "tokenizer"), "--output_dir", str(folder / "cut"), "--debug",
         "--max_train_steps", "2", "--checkpointing_steps", "1", "--batch_size", "4", "--limit", "8",
         "--num_layers", "1", "--num_attention_heads", "1", "--attention_head_dim", "8",
         "--num_validation_images", "2", "--no_progress", "--push_to_hub", "--push_checkpoints",

@@ -277,6 +277,48 @@ def test_llama_starts_the_trunk(tmp_path):
     assert not transformer.config.bidirectional_images and transformer.training
 
 
+@pytest.mark.parametrize(("num_ids", "error"), [(40, None), (128, None), (500, "has 500 ids, but its tokenizer 34")])
+def test_llamas_with_more_ids_than_their_tokenizer(tmp_path, num_ids, error):
+    """Vocabularies are padded to multiples of powers of two; of several ends of text the tokenizer names one."""
+    tokenizer = text_encoders.tokenizer(max_length=40)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": [5, tokenizer.eos_token_id]}
+    LlamaForCausalLM(LlamaConfig(vocab_size=num_ids, **sizes, **ids)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = _config("--llama", str(tmp_path))
+    if error is not None:
+        with pytest.raises(ValueError, match=error):
+            _writer(config)
+        return
+    images, writer = ContinuousImages(config, None), _writer(config)
+    transformer = new_transformer(config, images, writer)
+    assert transformer.config.boi_token_id == writer.format.boi == num_ids
+    assert transformer.config.eos_token_id == tokenizer.eos_token_id
+    pipeline = TransfusionPipeline(transformer.eval(), writer.tokenizer, image_size=16)
+    assert pipeline.vocabulary.blocked()[len(tokenizer) : num_ids].all()
+
+
+def test_texts_longer_than_a_row_are_read_in_parts(tmp_path):
+    """Only the last part has the end, and no part is left out."""
+    writer = _writer(_config("--text_tokens", "4", "--row_length", "12"))
+    ids = writer.format
+    text = " ".join(["a small red circle at the top left"] * 4)
+    whole = writer.tokenizer(text, add_special_tokens=False)["input_ids"]
+    parts = {start: whole[start : start + 10] for start in range(0, len(whole), 10)}
+    seen = set()
+    for step in range(40):
+        (row,) = writer.texts_alone([text], generator(0, step)).ids.tolist()
+        row = [token for token in row if token != ids.pad]
+        ended = row[-1] == ids.eos
+        start = next(start for start, part in parts.items() if row[1 : len(row) - ended] == part)
+        assert row[0] == ids.bos and ended == (start == max(parts))
+        seen.add(start)
+    assert seen == set(parts)
+    assert writer.texts_alone([text]).ids[0, 1:11].tolist() == parts[0]
+    caption = writer.captioned([text], image_first=True).ids[0].tolist()
+    assert ids.eos not in caption and [token for token in caption if token != ids.pad][-4:] == whole[:4]
+
+
 def test_new_networks_keep_the_size_of_activations():
     """Llama's 0.02 would shrink them in a narrow network; blocks start as the identity, predictions at zero."""
     task = _task("--width", "64", "--num_layers", "2", "--num_heads", "2")

@@ -5,6 +5,7 @@ Only JSON and safetensors files are read.
 
 from __future__ import annotations
 
+import re
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def llama_folder(checkpoint: str | PathLike[str], revision: str | None = None) -
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(checkpoint)):
+            raise OSError(f"There is no folder {str(checkpoint)!r}, and it is no Hub id such as USER/NAME.")
         from huggingface_hub import snapshot_download
 
         patterns = ["config.json", "model*.safetensors", _INDEX]

@@ -26,7 +26,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from hfgen.models.generators.llama_checkpoint import copy_trunk, extended_vocabulary, llama_arguments, llama_folder
-from hfgen.models.generators.transfusion_checks import check_config, check_images, check_sequence
+from hfgen.models.generators.transfusion_checks import check_config, check_images, check_sequence, check_shapes
 from hfgen.models.generators.transfusion_sizes import transfusion_presets
 from hfgen.models.layers.image_adapters import (
     ImageEmbeddings,
@@ -87,6 +87,8 @@ class TransfusionTransformer(HFGenModel):
         boi_token_id: begins an image; in discrete mode the "end of text" that codes follow.
         eos_token_id, eoi_token_id: end a text and an image; a discrete model can do without.
         image_token_id: the slots of continuous images.
+        num_text_tokens: ids of the text tokenizer, the first ones, if some after them are without a meaning, as in a
+            vocabulary that was padded; by default all but special ids and codes.
     """
 
     _supports_gradient_checkpointing = True
@@ -127,6 +129,7 @@ class TransfusionTransformer(HFGenModel):
         eoi_token_id: int | None = 32001,
         pad_token_id: int = 32002,
         image_token_id: int | None = 32003,
+        num_text_tokens: int | None = None,
     ):
         super().__init__()
         check_config(self.config)
@@ -177,6 +180,7 @@ class TransfusionTransformer(HFGenModel):
         codebook_size: int | None = None,
         fixed_timestep: int = 100,
         eos_token_id: int | None = None,
+        num_text_tokens: int | None = None,
     ) -> TransfusionTransformer:
         """A model whose trunk, embeddings and head are those of a Llama; the rest is freshly initialised.
 
@@ -191,6 +195,7 @@ class TransfusionTransformer(HFGenModel):
             image_mode, latent_channels, patch_size, image_adapter, adapter_channels: see the class.
             bidirectional_images, codebook_size, fixed_timestep: see the class.
             eos_token_id: which id ends a text, if the checkpoint names several.
+            num_text_tokens: ids of its tokenizer, if its vocabulary was padded to more.
 
         Raises:
             OSError: files are missing.
@@ -205,8 +210,10 @@ class TransfusionTransformer(HFGenModel):
         arguments |= {"image_mode": image_mode, "latent_channels": latent_channels, "patch_size": patch_size}
         arguments |= {"image_adapter": image_adapter, "adapter_channels": adapter_channels}
         arguments |= {"bidirectional_images": bidirectional_images, "fixed_timestep": fixed_timestep}
+        arguments |= {"num_text_tokens": num_text_tokens}
         check_arguments(cls, arguments)
-        model = cls(**arguments).to(dtype or torch.float32)
+        model = cls(**arguments)
+        model = model if dtype is None else model.to(dtype)
         copy_trunk(folder, model.model, model.lm_head, num_text)
         return model.eval()
 
@@ -304,9 +311,10 @@ class TransfusionTransformer(HFGenModel):
         """
         if self.is_discrete and latents is not None:
             raise ValueError("The images of a discrete model are codes in input_ids; leave the latents out.")
-        has_padding = check_sequence(self.config, input_ids, position_ids, segment_ids)
+        check_shapes(input_ids, position_ids, segment_ids)
         if position_ids is None:
             position_ids = segment_positions(torch.zeros_like(input_ids) if segment_ids is None else segment_ids)
+        has_padding = check_sequence(self.config, input_ids, position_ids)
         embeds, embedded, num_images = self._embed_text(input_ids, timesteps, segment_ids), None, 0
         if not self.is_discrete:
             runs = image_runs(input_ids == self.config.image_token_id, segment_ids)
@@ -314,7 +322,7 @@ class TransfusionTransformer(HFGenModel):
                 num_images = len(latents)
                 embedded = self._embed_images(*_at_least_one(latents, timesteps))
             num_tokens = 0 if embedded is None else embedded.hidden_states.shape[1]
-            check_images(self.config, input_ids, runs, num_images, num_tokens)
+            check_images(self.config, input_ids, segment_ids, runs, num_images, num_tokens)
         if num_images:
             images = embedded.hidden_states.flatten(0, 1).to(embeds.dtype)
             slots = runs.flatten().nonzero().squeeze(1)  # (N n,), found before the work of the trunk is queued
