@@ -1,11 +1,14 @@
 """What benchmarks/sampling.py compares for Transfusion: a guided image after a context, and text.
 
-"image after N" is one of 256 patches after N tokens of text. The plain path runs the context again in every step,
+"image after N" is one of 256 patches after N tokens of text, "image of a caption" one of zoo/transfusion-shapes, the
+size zoo. The plain path runs the context again in every step,
 without a cache. "text N" are N likeliest tokens; the plain path is ``generate`` of transformers' own Llama with the
 same weights, and the rate is in tokens per second.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 from comparison import Comparison
@@ -20,15 +23,24 @@ from hfgen.counters import generator
 from hfgen.sampling.transfusion import extend_text, text_tokens
 from hfgen.sampling.transfusion_cache import TransfusionCache
 
-# Layers, width, heads, width of the MLP.
-SIZES = {"tiny": (4, 128, 4, 512), "0.16B": (16, 768, 12, 2048), "0.37B": (24, 1024, 16, 2816)}
+# Layers, width, heads, width of the MLP; those of the zoo are its own.
+SIZES = {"tiny": (4, 128, 4, 512), "0.16B": (16, 768, 12, 2048), "0.37B": (24, 1024, 16, 2816), "zoo": ()}
+ZOO, CAPTION, ZOO_STEPS = (
+    Path(__file__).resolve().parent.parent / "zoo" / "transfusion-shapes",
+    "a small red circle",
+    25,
+)
 WORDS = 1000  # of the vocabulary, before the special ids
 CONTEXTS, STEPS, TOKENS = (64, 256, 1024), 8, 64
 GUIDANCE_SCALE, IMAGE_SIZE, TOLERANCE = 3.0, 32, 1e-3
 
 
 def load(size: str, dtype: torch.dtype, device: str) -> TransfusionPipeline:
-    """A size with seeded random weights (speed does not depend on them) that makes pixels in patches of two."""
+    """The zoo's, or seeded random weights (speed does not depend on them) that make pixels in patches of two."""
+    if size == "zoo":
+        pipe = TransfusionPipeline.from_pretrained(ZOO, dtype=dtype).to(device)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
     layers, width, heads, mlp_width = SIZES[size]
     torch.manual_seed(0)
     transformer = TransfusionTransformer(
@@ -54,27 +66,35 @@ def load(size: str, dtype: torch.dtype, device: str) -> TransfusionPipeline:
 
 
 def compare(pipe: TransfusionPipeline, batch: int) -> list[Comparison]:
-    return [*(_compare_images(pipe, batch, length) for length in CONTEXTS), _compare_text(pipe, batch)]
+    if pipe.vae is not None:  # the zoo's
+        return [_compare_images(pipe, batch, "image of a caption", [CAPTION] * batch, ZOO_STEPS)]
+    images = (_compare_images(pipe, batch, f"image after {n}", _prompts(batch, n), STEPS) for n in CONTEXTS)
+    return [*images, _compare_text(pipe, batch)]
 
 
-def _compare_images(pipe: TransfusionPipeline, batch: int, length: int) -> Comparison:
-    prompts = [" ".join(str((7 * place + row) % WORDS) for place in range(length - 2)) for row in range(batch)]
-    noise = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator(0)).to(pipe.device)
+def _prompts(batch: int, length: int) -> list[str]:
+    """Texts with which the tokens before an image, with its marker, are ``length``."""
+    return [" ".join(str((7 * place + row) % WORDS) for place in range(length - 2)) for row in range(batch)]
+
+
+def _compare_images(
+    pipe: TransfusionPipeline, batch: int, part: str, prompts: list[str], num_steps: int
+) -> Comparison:
+    noise = torch.randn(batch, *pipe.image_form.latent_shape(), generator=generator(0)).to(pipe.device)
 
     def optimised() -> tuple[None, Tensor]:
         images = pipe(
-            prompts, latents=noise, num_inference_steps=STEPS, guidance_scale=GUIDANCE_SCALE, output_type="pt"
+            prompts, latents=noise, num_inference_steps=num_steps, guidance_scale=GUIDANCE_SCALE, output_type="pt"
         ).images
         return None, images * 2 - 1
 
     def plain() -> tuple[None, Tensor]:
-        return None, sample_plain(pipe, prompts, noise, STEPS, GUIDANCE_SCALE)
+        return None, sample_plain(pipe, prompts, noise, num_steps, GUIDANCE_SCALE).clamp(-1, 1)
 
     if pipe.transformer.dtype == torch.float32:
         difference = (optimised()[1] - plain()[1]).abs().max().item()
         if difference > TOLERANCE:
-            raise SystemExit(f"Images after {length} tokens differ by {difference:.2g}; nothing was timed.")
-    part = f"image after {length}"
+            raise SystemExit(f"{part}: the two images differ by {difference:.2g}; nothing was timed.")
     return Comparison(part, batch, plain, optimised, transformer=optimised, dtype=pipe.transformer.dtype)
 
 

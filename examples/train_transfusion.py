@@ -5,7 +5,7 @@
 
 Images are patches of noisy pixels, or with --vae latents, which the network learns to denoise beside the next tokens
 of the captions. With --image_mode discrete they are codes of noisy latents, predicted like words; the codes are
-learned first, unless --quantizer names some, or --vae is a discrete tokenizer.
+learned in the first --codebook_steps steps, unless --quantizer names some, or --vae is a discrete tokenizer.
 
 The defaults train a small model on the built-in shapes. The result is the pipeline folder OUTPUT_DIR/final, for
 TransfusionPipeline.from_pretrained.

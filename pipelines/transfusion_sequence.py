@@ -27,11 +27,13 @@ class MixedSequence:
 
     Attributes:
         cache: what the sequences have gone through.
+        text: ids of the text after the last image, or of all if there is none.
     """
 
     def __init__(self, transformer: TransfusionTransformer, num_rows: int, max_length: int, device: torch.device):
         self.transformer, self.device = transformer, device
         self.cache = TransfusionCache(transformer.config.num_layers, max_length, [0] * num_rows)
+        self.text: list[int] = []
         self._waiting: list[int] = []
         self._hidden_states: Tensor | None = None
 
@@ -45,9 +47,15 @@ class MixedSequence:
         """Tokens for which there is place."""
         return self.cache.max_length - self.length
 
-    def add_ids(self, ids: Sequence[int]) -> None:
-        """Text or markers."""
+    def add_text(self, ids: Sequence[int]) -> None:
+        """Text of all rows."""
+        self.text += ids
         self._waiting += ids
+
+    def add_marker(self, token: int) -> None:
+        """The beginning of the sequences, or an edge of an image."""
+        self.text = []
+        self._waiting.append(token)
 
     def add_images(self, images: Tensor) -> None:
         """An image for each row, between its markers: latents (R, C, h, w) without noise, or codes (R, n)."""
@@ -56,7 +64,7 @@ class MixedSequence:
 
     def open_image(self) -> Tensor:
         """Add the marker that begins an image; returns the states (R, D) of it."""
-        self.add_ids([self.transformer.config.boi_token_id])
+        self.add_marker(self.transformer.config.boi_token_id)
         return self.read()
 
     def close_image(self, images: Tensor) -> None:
@@ -68,7 +76,7 @@ class MixedSequence:
             clean = torch.zeros(len(images), dtype=torch.long, device=images.device)
             extend_images(self.transformer, self.cache, images, clean, causal=not config.bidirectional_images)
         if config.eoi_token_id is not None:
-            self.add_ids([config.eoi_token_id])
+            self.add_marker(config.eoi_token_id)
 
     def read(self) -> Tensor:
         """Run the ids that wait; returns the states (R, D) of the last token."""
@@ -113,12 +121,12 @@ def begin_sequence(
     check_length(transformer, length)
     max_length = min(length + room, transformer.config.context_length)
     sequence = MixedSequence(transformer, num_rows, max_length, device)
-    sequence.add_ids([transformer.config.bos_token_id])
+    sequence.add_marker(transformer.config.bos_token_id)
     for content in contents:
         if isinstance(content, Tensor):
             sequence.add_images(form.encode(content.to(device)))
         else:
-            sequence.add_ids(content)
+            sequence.add_text(content)
     return sequence
 
 

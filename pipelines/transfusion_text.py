@@ -125,13 +125,15 @@ class GrowingText:
 
     Args:
         vocabulary: decodes it.
+        before: ids of text that it continues, so that it begins with the space between two words if there is one.
 
     Attributes:
         ended: whether a token has ended it; what comes later does not count.
     """
 
-    def __init__(self, vocabulary: TransfusionVocabulary):
-        self._vocabulary, self._ids, self._shown = vocabulary, [], 0
+    def __init__(self, vocabulary: TransfusionVocabulary, before: Sequence[int] = ()):
+        self._vocabulary, self._ids, self._shown = vocabulary, list(before), 0
+        self._begin = len(vocabulary.decode(before)) if before else 0
         self.ended = False
 
     def add(self, token: int, *, ends: bool) -> None:
@@ -150,5 +152,5 @@ class GrowingText:
 
     @property
     def text(self) -> str:
-        """All of it."""
-        return self._vocabulary.decode(self._ids)
+        """All of it, without what was before."""
+        return self._vocabulary.decode(self._ids)[self._begin :]

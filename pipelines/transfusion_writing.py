@@ -64,7 +64,7 @@ def write_texts(
     """
     config = sequence.transformer.config
     blocked = vocabulary.blocked(config.boi_token_id, device=sequence.device)
-    texts, count = [GrowingText(vocabulary) for _ in sequence.cache.padding], 0
+    texts, count = [GrowingText(vocabulary, sequence.text) for _ in sequence.cache.padding], 0
     for tokens in itertools.islice(draw_tokens(sequence, blocked, settings), max_new_tokens):
         count += 1
         for text, token in zip(texts, tokens.tolist()):
@@ -118,7 +118,7 @@ def write_mixed(
             if not max_new_tokens:
                 return
             sequence.close_image(image)
-        text, stream = GrowingText(vocabulary), draw_tokens(sequence, blocked, settings)
+        text, stream = GrowingText(vocabulary, sequence.text), draw_tokens(sequence, blocked, settings)
         draw_image = text_ended = False
         waiting = 0  # the last token, which has not run yet
         while max_new_tokens and sequence.room >= waiting and not draw_image and not text_ended:

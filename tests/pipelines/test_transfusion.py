@@ -226,7 +226,7 @@ def test_an_image_between_texts(pipe):
     expected = likeliest(pipe, ids, image, 5)
     if config.eos_token_id in expected:
         expected = expected[: expected.index(config.eos_token_id) + 1]
-    assert "".join(written.parts[1:]) == pipe.vocabulary.decode(expected)
+    assert "".join(written.parts[1:]) == pipe.vocabulary.decode(expected)  # after an image it begins anew
     assert written.nfe == 4 + len(expected)
 
 

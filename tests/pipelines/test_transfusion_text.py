@@ -129,6 +129,17 @@ def test_what_is_never_finished_comes_at_the_end():
     assert growing.ended and growing.text == "a\ufffd"
 
 
+def test_a_continuation_joins_what_it_continues():
+    """With the space between two words, and without one inside of a word."""
+    vocabulary = pipeline().vocabulary
+    ids = vocabulary.encode(CAPTIONS[0])
+    for cut in range(len(ids) + 1):
+        growing = GrowingText(vocabulary, ids[:cut])
+        for token in ids[cut:]:
+            growing.add(token, ends=False)
+        assert vocabulary.decode(ids[:cut]) + growing.text == CAPTIONS[0]
+
+
 def test_captions_are_streamed(monkeypatch):
     pipe, pieces = pipeline(), []
     never_ends(pipe.transformer, monkeypatch)
