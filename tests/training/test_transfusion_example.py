@@ -319,6 +319,23 @@ def test_texts_longer_than_a_row_are_read_in_parts(tmp_path):
     assert ids.eos not in caption and [token for token in caption if token != ids.pad][-4:] == whole[:4]
 
 
+def test_the_loss_of_packed_rows_is_that_of_rows_of_their_own():
+    captions = ["a small red circle at the top left", "a large blue cross in the centre", "a small red circle"]
+    losses, shapes = [], []
+    for length in ("25", "80"):
+        task = _task("--row_length", length)
+        torch.manual_seed(0)
+        transformer = task.modules["transformer"]
+        for parameter in transformer.parameters():  # some begin at zero
+            torch.nn.init.normal_(parameter, std=0.1)
+        rows = task.writer.captioned(captions, image_first=True)
+        x0 = torch.randn(3, 3, 16, 16, generator=generator(0))[rows.images]
+        losses.append(task.denoising_loss(transformer, rows, x0, generator(1), time=0.0)[1]["text_loss"])
+        shapes.append(tuple(rows.ids.shape))
+    assert shapes[1][0] < shapes[0][0] == 3
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+
+
 def test_new_networks_keep_the_size_of_activations():
     """Llama's 0.02 would shrink them in a narrow network; blocks start as the identity, predictions at zero."""
     task = _task("--width", "64", "--num_layers", "2", "--num_heads", "2")
