@@ -28,14 +28,14 @@ from comparisons import check_counts, command_line, comparison_parser
 from tqdm.auto import tqdm
 from trainings import ROOT, Runs, Training
 from unified_measure import Judge, Settings, last_validation
-from unified_report import page_part, write_page
+from unified_report import page_part, picture_name, write_page
 from unified_training import CONTINUOUS, DATA, DISCRETE, TEXT, Plan, chain
 
 from hfgen.images import make_grid, save_png
 from hfgen.training.history import write_text
 
 COMMAND = "python benchmarks/unified.py --runs runs/unified --page docs/claims.md"
-RESULTS_FILE = "unified.json"
+RESULTS_FILE, PICTURES = "unified.json", "pictures"
 VAE = Path("zoo/transfusion-shapes/vae")  # below the folder of the repository
 MODELS = ("robust", *TEXT, *CONTINUOUS, *DISCRETE)
 SHOWN = 12  # drawn images of each model
@@ -76,14 +76,14 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return arguments
 
 
-def measure(training: Training, runs: Runs, judge: Judge, seed: int, pictures: Path, progress: bool) -> dict:
+def measure(training: Training, runs: Runs, judge: Judge, seed: int, progress: bool) -> dict:
     """The last validation of a training, and what its pipeline draws and writes, if it does."""
     values = last_validation(runs.folder / training.name)
     if training.script == "train_transfusion" and training.settings.get("text_only_share") is None:
         found, pixels = judge(runs.final(training), seed, progress=progress)
         values |= found
-        pictures.mkdir(parents=True, exist_ok=True)
-        save_png(make_grid(pixels[:SHOWN], columns=SHOWN), pictures / f"{training.name.replace('/', '-')}.png")
+        picture = runs.folder / PICTURES / picture_name(*training.name.split("/"))
+        save_png(make_grid(pixels[:SHOWN], columns=SHOWN), picture)
     return values
 
 
@@ -107,7 +107,7 @@ def compare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> d
         bar.set_postfix_str(training.name)
         seconds = [runs.train(each) for each in chain(training)][-1]
         results["training_seconds"].setdefault(name, {})[str(seed)] = seconds
-        work = partial(measure, training, runs, judge, seed, runs.folder / "pictures", progress)
+        work = partial(measure, training, runs, judge, seed, progress)
         results["measures"].setdefault(name, {})[str(seed)] = runs.measured(training, vars(settings), work)
         write_text(runs.folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
     return results
@@ -122,7 +122,8 @@ def main() -> None:
         results = json.loads(arguments.from_results.read_text(encoding="utf-8"))
     print(page_part(results))
     if arguments.page is not None:
-        write_page(arguments.page, results)
+        folder = arguments.runs if arguments.from_results is None else arguments.from_results.parent
+        write_page(arguments.page, results, folder / PICTURES)
 
 
 if __name__ == "__main__":

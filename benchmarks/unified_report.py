@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import PIL.Image
 from pages import with_section
 from unified_claims import CLAIMS, values
 from unified_training import ROBUST_SIGMA
@@ -14,6 +15,7 @@ from hfgen.images import save_png
 from hfgen.training.history import write_text
 from hfgen.training.noise_curve import draw_noise_curves
 
+ENLARGED = 2  # the pixels of what is drawn
 BEGIN, END = "<!-- unified: begin -->", "<!-- unified: end -->"
 TITLES = {
     "linear": "continuous, linear, patches of {}",
@@ -78,8 +80,31 @@ def page_part(results: Mapping) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def write_page(page: Path, results: Mapping) -> None:
-    """Renew what stands between the markers of a page, and the picture in ``images/`` beside it.
+def picture_name(seed: str, model: str) -> str:
+    """The file with what a model draws."""
+    return f"{seed}-{model}.png"
+
+
+def drawn_by_all(pictures: Path, models: Iterable[str], seed: str) -> tuple[PIL.Image.Image | None, list[str]]:
+    """What the models draw with one seed, a row each, and which these are; None without their pictures."""
+    files = {name: pictures / picture_name(seed, name) for name in models}
+    rows = {name: PIL.Image.open(file) for name, file in files.items() if file.is_file()}
+    if not rows:
+        return None, []
+    width, height = next(iter(rows.values())).size
+    picture = PIL.Image.new("RGB", (width, height * len(rows)), "white")
+    for index, row in enumerate(rows.values()):
+        picture.paste(row, (0, index * height))
+    return picture.resize((ENLARGED * picture.width, ENLARGED * picture.height), PIL.Image.Resampling.NEAREST), [*rows]
+
+
+def write_page(page: Path, results: Mapping, pictures: Path) -> None:
+    """Renew what stands between the markers of a page, and the pictures in ``images/`` beside it.
+
+    Args:
+        page: Markdown.
+        results: of the comparison.
+        pictures: folder with what each model draws.
 
     Raises:
         ValueError: the page lacks the markers.
@@ -87,10 +112,16 @@ def write_page(page: Path, results: Mapping) -> None:
     content = page.read_text(encoding="utf-8") if page.is_file() else ""
     with_section(content, BEGIN, END, "")  # raises before anything is drawn
     text = page_part(results)
+    drawn, models = drawn_by_all(pictures, results["measures"], f"seed-{results['seeds'][0]}")
+    if drawn is not None:
+        picture = page.parent / "images" / "unified.png"
+        save_png(drawn, picture)
+        order = "; ".join(map(title, models))
+        text += f"\n\n![A row of images by each model](images/{picture.name})"
+        text += f"\n\nDrawn for the same captions with seed {results['seeds'][0]}, from top to bottom: {order}."
     curves = noise_curves(results["measures"])
     if curves is not None:
         picture = page.parent / "images" / "noise_robust_decoder.png"
-        picture.parent.mkdir(exist_ok=True)
         save_png(draw_noise_curves(*curves), picture)
         text += f"\n\n![PSNR of decoded latents against their noise](images/{picture.name})"
     write_text(page, with_section(content, BEGIN, END, f"\n{text}\n"))

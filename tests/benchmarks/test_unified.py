@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
 
 from support.benchmark_modules import benchmark_modules
@@ -71,6 +72,11 @@ def test_all_parts_are_trained_and_measured_once(compare, modules, tmp_path, cap
     claims = [line for line in content.splitlines() if line.startswith("- C")]
     assert sum(": **is undecided**" in line for line in claims) == len(modules["claims"].CLAIMS)  # with one seed
     assert (tmp_path / "images" / "noise_robust_decoder.png").stat().st_size > 5000
+    with (
+        PIL.Image.open(tmp_path / "images" / "unified.png") as drawn,
+        PIL.Image.open(tmp_path / "pictures" / "seed-0-unet-4.png") as row,
+    ):
+        assert drawn.size == (2 * row.width, 2 * len(models) * row.height)
     assert str(tmp_path) not in content and capsys.readouterr().out.strip().splitlines()[-1] in content
 
     assert compare() == []  # everything is there
