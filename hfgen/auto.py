@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import hfgen
+from hfgen.downloads import loading_reason
 from hfgen.models.modeling import HFGenModel, PortableConfigMixin
 
 
@@ -73,7 +74,7 @@ class AutoPipeline:
         except OSError as error:
             raise OSError(
                 f"Could not read model_index.json of {str(pretrained_model_name_or_path)!r}, which a pipeline has. "
-                f"A single model loads with hfgen.AutoModel.from_pretrained. ({error})"
+                f"A single model loads with hfgen.AutoModel.from_pretrained. ({loading_reason(error)})"
             ) from error
         pipeline_class = _public_class(config.get("_class_name"), DiffusionPipeline, pretrained_model_name_or_path)
         return pipeline_class.from_pretrained(
@@ -142,7 +143,7 @@ class AutoModel:
         except OSError as error:
             raise OSError(
                 f"Could not read config.json of {str(pretrained_model_name_or_path)!r} with subfolder={subfolder!r}. "
-                f"For a model inside a pipeline give the name of the component as subfolder. ({error})"
+                f"For a model inside a pipeline give the name of the component as subfolder. ({loading_reason(error)})"
             ) from error
         model_class = _public_class(config.get("_class_name"), HFGenModel, pretrained_model_name_or_path)
         return model_class.from_pretrained(

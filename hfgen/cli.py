@@ -44,6 +44,8 @@ examples:
   hfgen convert var vae_ch160v4096z32.pth --output var-vae --dtype float16
   hfgen convert titok tokenizer_titok_l32_imagenet generator_titok_l32_imagenet --output titok-l-32
   hfgen convert dit DiT-XL-2-256x256.pt --vae stabilityai/sd-vae-ft-ema --output dit-xl-2
+  hfgen convert sd3 sd3_medium.safetensors --vae stabilityai/stable-diffusion-3-medium-diffusers \\
+      --text-encoders stabilityai/stable-diffusion-3-medium-diffusers --output sd3-medium
   hfgen convert maskgit maskgit_imagenet512_checkpoint tokenizer_imagenet512_checkpoint --output maskgit-512 \\
       --original-config vq_model.resolution=512
   hfgen convert var var_d36.pth vae_ch160v4096z32.pth --output var-d36 \\
@@ -163,6 +165,9 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--vae", metavar="DIR|USER/NAME",
                          help="AutoencoderKL of diffusers, or a pipeline that holds one, to decode the latents of "
                          "the pipeline that is written (dit, sit, mean_flow, sd3)")  # fmt: skip
+    convert.add_argument("--text-encoders", metavar="DIR|USER/NAME",
+                         help="pipeline of diffusers or hfgen whose text encoders and tokenizers the pipeline that is "
+                         "written takes over (sd3)")  # fmt: skip
     convert.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as in the files)")
     _add_debug(convert)
 
@@ -225,7 +230,7 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isascii() and text.isdigit() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import tqdm  # has the switches of huggingface_hub: HF_HUB_DISABLE_PROGRESS_BARS and others
 
 _CHUNK = 2**22  # bytes
@@ -114,6 +114,16 @@ def _reject(path: Path, reason: str) -> None:
     path.resolve().unlink()  # in the cache the name is a link to the content
     path.unlink(missing_ok=True)
     raise ValueError(f"The download of {path.name} is damaged: {reason}. It was deleted; run the same again.")
+
+
+def loading_reason(error: BaseException) -> str:
+    """Why a folder or repository was not read; diffusers reports a Hub that cannot be reached as a missing file."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, LocalEntryNotFoundError):
+            return "the Hub cannot be reached, and it was not downloaded before"
+        cause = cause.__cause__ or cause.__context__
+    return str(error).removesuffix(".")
 
 
 def _unreachable(repo_id: str, error: Exception) -> OSError:

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -80,6 +81,7 @@ def save_official(
     output: Path,
     *,
     vae: AutoencoderKL | None = None,
+    text_encoders: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     cache_dir: str | PathLike | None = None,
     token: str | bool | None = None,
@@ -88,7 +90,7 @@ def save_official(
 ) -> DiffusionPipeline | HFGenModel:
     """Download and convert a release into the folder ``output``, which appears when it is complete.
 
-    ``vae`` becomes a part of the pipeline, see :func:`assemble`; the other arguments are those of
+    ``vae`` and ``text_encoders`` become parts of the pipeline, see :func:`assemble`; the other arguments are those of
     :func:`from_official`.
     """
     models = {}
@@ -105,7 +107,7 @@ def save_official(
         )
         model = load_original(row.system, path, part=file.part, original_config=file.original_config)
         models[file.part] = model if dtype is None else model.to(dtype)
-    saved = assemble(row.system, models, vae)
+    saved = assemble(row.system, models, vae, text_encoders)
 
     def write(folder: Path) -> None:
         saved.save_pretrained(folder)
@@ -133,7 +135,10 @@ def find_released(name: str) -> ReleasedCheckpoint:
 
 
 def assemble(
-    system: str, models: Mapping[str, HFGenModel], vae: AutoencoderKL | None = None
+    system: str,
+    models: Mapping[str, HFGenModel],
+    vae: AutoencoderKL | None = None,
+    text_encoders: Mapping[str, Any] | None = None,
 ) -> DiffusionPipeline | HFGenModel:
     """The pipeline of a system if ``models`` are all that it needs; else the single model.
 
@@ -141,10 +146,13 @@ def assemble(
         system: name of the converter.
         models: the converted parts by name.
         vae: decoder for a pipeline of latents.
+        text_encoders: of a text-to-image pipeline, with their tokenizers, by the names of its parts.
 
     Raises:
-        ValueError: several models that do not make a pipeline, or a vae that has no place in what they make.
+        ValueError: several models that do not make a pipeline, or others that have no place in what they make.
     """
+    added = {} if vae is None else {"vae": vae}
+    added |= text_encoders or {}
     reasons = []
     for row in (row for row in SYSTEMS if row.converter == system and row.pipeline):
         pipeline_class = getattr(hfgen, row.pipeline)
@@ -154,15 +162,17 @@ def assemble(
         components = {key: model for key in needed for model in models.values() if isinstance(model, types[key])}
         missing = [key for key in needed if key not in components]
         if not missing and len(components) == len(models):
-            if vae is not None and "vae" not in types:
-                raise ValueError(f"A {row.pipeline} takes no vae; leave it out.")
-            decoder = {} if vae is None else {"vae": vae}
-            return pipeline_class(**components, **decoder, **row.pipeline_arguments)
+            unknown = [key for key in added if key not in types]
+            if unknown:
+                raise ValueError(f"A {row.pipeline} takes no {unknown[0]}; leave it out.")
+            return pipeline_class(**components, **added, **row.pipeline_arguments)
         reasons.append(f"{row.pipeline} needs {', '.join(needed)}")
     if len(models) == 1:
         (model,) = models.values()
-        if vae is not None:
-            raise ValueError(f"A {type(model).__name__} alone makes no pipeline that a vae could decode for.")
+        if added:
+            raise ValueError(
+                f"A {type(model).__name__} alone makes no pipeline that could have a {next(iter(added))}."
+            )
         return model
     raise ValueError(
         f"The parts {', '.join(models)} of {system} make no pipeline ({'; '.join(reasons) or 'it has none'}); convert "

@@ -34,6 +34,7 @@ class System:
         variants: further classes of the same system.
         diffusers: classes of diffusers that are the system's tokenizer or generator.
         converter: system name for ``hfgen.conversion.load_original``.
+        also_converts: converter of checkpoints that an open implementation made, where the authors released none.
         parity: names of the golden cases, numbers of the system's official code, that the tests in ``tests/parity``
             reproduce.
         examples: training scripts, relative to the repository root.
@@ -57,6 +58,7 @@ class System:
     variants: tuple[str, ...] = ()
     diffusers: tuple[str, ...] = ()
     converter: str | None = None
+    also_converts: str | None = None
     parity: tuple[str, ...] = ()
     examples: tuple[str, ...] = ()
     zoo: str | None = None
@@ -266,13 +268,16 @@ SYSTEMS: tuple[System, ...] = (
         key="guided_diffusion", title="Guided diffusion (ADM)", published="NeurIPS 2021", arxiv="2105.05233",
         paper="Diffusion Models Beat GANs on Image Synthesis",
         code="openai/guided-diffusion", weights_licence="research use (model card)",
-        notes="Pixel U-Net with classifier guidance.",
+        diffusers=("UNet2DModel",), pipeline="ImageDiffusionPipeline",
+        examples=("examples/train_diffusion.py",),
+        notes="Schedules, losses and samplers are those of the official code; the U-Net is that of diffusers, without "
+        "guidance by a classifier and without the official weights.",
     ),
     System(
         key="ldm", title="Latent diffusion", published="CVPR 2022", arxiv="2112.10752",
         paper="High-Resolution Image Synthesis with Latent Diffusion Models",
         code="CompVis/latent-diffusion", weights_licence="none stated (code MIT)",
-        notes="U-Net on autoencoder latents.",
+        notes="U-Net on autoencoder latents. Its KL autoencoder trains, see VAE and KL-VAE.",
     ),
     System(
         key="dit", title="DiT", published="ICCV 2023", arxiv="2212.09748",
@@ -301,7 +306,8 @@ SYSTEMS: tuple[System, ...] = (
         generator="NCSNpp", pipeline="RectifiedFlowPipeline", converter="rectified_flow",
         parity=("rectified_flow",),
         examples=("examples/train_rectified_flow.py", "examples/reflow.py"),
-        notes="With reflow, which straightens the paths for few-step sampling.",
+        notes="With reflow, which straightens the paths for few-step sampling. The official weights are those of "
+        "NCSN++; the scripts train DiT and MMDiT.",
     ),
     System(
         key="sd3", title="Stable Diffusion 3 (MMDiT)", published="ICML 2024", arxiv="2403.03206",
@@ -338,8 +344,10 @@ SYSTEMS: tuple[System, ...] = (
         parity=("transfusion", "transfusion_reference"),
         examples=("examples/train_transfusion.py", "examples/finetune_noise_robust_decoder.py"),
         zoo="transfusion-shapes",
-        notes="Nothing was released by the authors; the converter transfusion_pytorch reads checkpoints that the open "
-        "implementation made.",
+        also_converts="transfusion_pytorch",
+        notes="Nothing was released by the authors. The converter transfusion_pytorch reads checkpoints that the open "
+        "implementation made, as TransfusionFlowTransformer, which hfgen.sampling.transfusion_flow samples from; it "
+        "has no pipeline and no training script.",
     ),
 )
 # fmt: on
@@ -365,7 +373,7 @@ def markdown_table() -> str:
         names = (*system.classes, *(f"diffusers.{name}" for name in system.diffusers))
         classes = ", ".join(f"`{name}`" for name in names) or "-"
         parity = ", ".join(f"[{name}](tests/parity/cases/{name}.safetensors)" for name in system.parity) or "-"
-        converter = f"`{system.converter}`" if system.converter else "-"
+        converter = f"`{name}`" if (name := system.converter or system.also_converts) else "-"
         links = [f"[{Path(path).stem}]({path})" for path in system.examples]
         links += [f"trained: [{system.zoo}](zoo/{system.zoo})"] if system.zoo else []
         examples = ", ".join(links) or "-"

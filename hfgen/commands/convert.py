@@ -10,13 +10,18 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
+from hfgen.auto import PipelineIndex
 from hfgen.commands.shared import load_tokenizer, torch_dtype
 from hfgen.conversion import load_original, parts, read_checkpoint, released, systems
 from hfgen.models.modeling import HFGenModel
 from hfgen.official import assemble, find_released, save_official
+from hfgen.pipelines.rectified_flow import RectifiedFlowPipeline
 from hfgen.systems import SYSTEMS
 from hfgen.training.checkpoints import write_folder
+
+TEXT_ENCODERS = {each.__name__: each for each in (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel)}
 
 
 def run(options: argparse.Namespace) -> str:
@@ -28,19 +33,20 @@ def run(options: argparse.Namespace) -> str:
     settings = original_settings(options.original_config, known)
     dtype = torch_dtype(options.dtype) if options.dtype else None
     vae = load_autoencoder(options.vae, dtype) if options.vae else None
+    text_encoders = load_text_encoders(options.text_encoders, dtype) if options.text_encoders else None
     models: dict[str, HFGenModel] = {}
     for file in options.files:
         for part, model in load_file(file, options, settings).items():
             if part in models:
                 raise ValueError(f"{file} holds the part {part} of {options.system} once more; give each part once.")
             models[part] = model if dtype is None else model.to(dtype)
-    saved = assemble(options.system, models, vae)
+    saved = assemble(options.system, models, vae, text_encoders)
     write_folder(options.output, lambda folder: saved.save_pretrained(folder))
 
     lines = [f"{options.output}: {type(saved).__name__} from {', '.join(models)}"]
     licences = {row.weights_licence for row in SYSTEMS if row.converter == options.system and row.weights_licence}
     lines.extend(f"licence of the official weights: {licence}" for licence in licences)
-    return "\n".join([*lines, *missing_autoencoder(saved, options.system)])
+    return "\n".join([*lines, *missing_parts(saved, options.system)])
 
 
 def convert_released(options: argparse.Namespace) -> str:
@@ -56,13 +62,14 @@ def convert_released(options: argparse.Namespace) -> str:
     row = find_released(options.system)
     dtype = torch_dtype(options.dtype) if options.dtype else None
     vae = load_autoencoder(options.vae, dtype) if options.vae else None
-    saved = save_official(row, options.output, vae=vae, dtype=dtype)
+    text_encoders = load_text_encoders(options.text_encoders, dtype) if options.text_encoders else None
+    saved = save_official(row, options.output, vae=vae, text_encoders=text_encoders, dtype=dtype)
     files = ", ".join(file.path for file in row.files)
     lines = [
         f"{options.output}: {type(saved).__name__} from {files} of {row.repo}",
         f"licence of the official weights: {row.licence}",
     ]
-    return "\n".join([*lines, *missing_autoencoder(saved, row.system)])
+    return "\n".join([*lines, *missing_parts(saved, row.system)])
 
 
 def load_autoencoder(source: str, dtype: torch.dtype | None) -> AutoencoderKL:
@@ -78,15 +85,45 @@ def load_autoencoder(source: str, dtype: torch.dtype | None) -> AutoencoderKL:
     return vae
 
 
-def missing_autoencoder(saved: DiffusionPipeline | HFGenModel, converter: str) -> list[str]:
-    """A line on what a pipeline of latents lacks that was written without its autoencoder; no line for others."""
-    if not isinstance(saved, DiffusionPipeline) or saved.components.get("vae", saved) is not None:
+def load_text_encoders(source: str, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The text encoders and tokenizers of the pipeline at ``source``, by the names of its parts.
+
+    Raises:
+        OSError: there is no pipeline.
+        ValueError: it has none.
+    """
+    try:
+        index = PipelineIndex.load_config(source)
+    except OSError as error:
+        raise OSError(f"--text-encoders {source}: there is no pipeline. ({error})") from error
+    found: dict[str, Any] = {}
+    for suffix in ("", "_2", "_3"):
+        encoder, tokenizer = f"text_encoder{suffix}", f"tokenizer{suffix}"
+        _, class_name = index.get(encoder) or (None, None)
+        if class_name is None:
+            continue
+        if class_name not in TEXT_ENCODERS:
+            known = ", ".join(TEXT_ENCODERS)
+            raise ValueError(f"--text-encoders {source}: {encoder} is a {class_name}; expected one of {known}.")
+        part = {"subfolder": encoder, "dtype": dtype, "use_safetensors": True}
+        found[encoder] = TEXT_ENCODERS[class_name].from_pretrained(source, **part)
+        found[tokenizer] = AutoTokenizer.from_pretrained(source, subfolder=tokenizer)
+    if not found:
+        raise ValueError(f"--text-encoders {source}: that pipeline has no text_encoder.")
+    return found
+
+
+def missing_parts(saved: DiffusionPipeline | HFGenModel, converter: str) -> list[str]:
+    """Lines on what a pipeline lacks to make images of what a user gives; none for others."""
+    if not isinstance(saved, DiffusionPipeline):
         return []
     rows = (row for row in SYSTEMS if row.converter == converter and row.pipeline == type(saved).__name__)
-    autoencoder = next(rows).autoencoder
-    if autoencoder is None:  # the published weights make pixels
-        return []
-    return [f"without an autoencoder the pipeline gives latents; for images add --vae {autoencoder}"]
+    autoencoder, lines = next(rows).autoencoder, []
+    if autoencoder is not None and saved.components.get("vae", saved) is None:  # else the weights make pixels
+        lines.append(f"without an autoencoder the pipeline gives latents; for images add --vae {autoencoder}")
+    if isinstance(saved, RectifiedFlowPipeline) and saved.network.takes == "prompt" and not saved.text_encoders:
+        lines.append(f"without text encoders calls need prompt_embeds; for prompts add --text-encoders {autoencoder}")
+    return lines
 
 
 def check_output(path: Path, overwrite: bool) -> None:

@@ -25,11 +25,19 @@ def run(options: argparse.Namespace) -> str:
         raise ValueError("Two images have the same name without suffix, so one picture would replace the other.")
     # A tokenizer that takes images of one size says so; a fully convolutional one takes multiples of its factor.
     size = options.size or getattr(tokenizer, "image_size", None)
+    if options.size is not None:
+        check_size(options.size, tokenizer)
     lines, ratios = [], []
     for path, target in zip(tqdm(options.images, unit="image", desc="reconstructing"), targets):
         image = decode_image(path, str(path))
         if size is None:
-            image = crop_to_multiple(image, downsample_factor(tokenizer))
+            factor = downsample_factor(tokenizer)
+            if min(image.size) < factor:
+                raise ValueError(
+                    f"{path} has {image.width}x{image.height} pixels, fewer than the {factor} of a code of this "
+                    "tokenizer; give --size."
+                )
+            image = crop_to_multiple(image, factor)
         else:
             image = center_crop(resize_shorter_side(image, size), size)
         original = to_tensor(image)[None]
@@ -44,6 +52,18 @@ def run(options: argparse.Namespace) -> str:
     if len(ratios) > 1:
         lines.append(f"mean PSNR of {len(ratios)} images: {sum(ratios) / len(ratios):.2f} dB")
     return "\n".join(lines)
+
+
+def check_size(size: int, tokenizer: torch.nn.Module) -> None:
+    """Raise a ``ValueError`` for a size in pixels that the tokenizer does not take."""
+    known = getattr(tokenizer, "image_size", None)
+    if known is not None:
+        if size != known:
+            raise ValueError(f"--size is {size}, but this tokenizer takes images of {known} pixels; leave it out.")
+        return
+    factor = downsample_factor(tokenizer)
+    if size % factor:
+        raise ValueError(f"--size is {size}; this tokenizer takes multiples of {factor}.")
 
 
 def crop_to_multiple(image: Image.Image, factor: int) -> Image.Image:

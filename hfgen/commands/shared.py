@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from hfgen.auto import AutoModel, AutoPipeline, PipelineIndex
+from hfgen.downloads import loading_reason
 from hfgen.models.modeling import HFGenModel
 
 # Names under which pipelines hold their image tokenizer.
@@ -71,7 +72,7 @@ def _what_is_at(source: str, wanted: str, error: OSError) -> str:
         return f"{source} is a single model, not a pipeline; for a tokenizer there is `hfgen reconstruct`."
     if folder.exists():
         return f"{source} is not the folder of a {wanted}; give one that was saved, or USER/NAME on the Hub."
-    return f"There is no folder {source!r}, and it could not be read from the Hub: {error.__cause__ or error}"
+    return f"There is no folder {source!r}, and it could not be read from the Hub: {loading_reason(error)}."
 
 
 def load_tokenizer(source: str, dtype: torch.dtype | None) -> HFGenModel | AutoencoderKL:

@@ -24,7 +24,8 @@ def run(options: argparse.Namespace) -> str:
         classes = ", ".join((*system.classes, *(f"diffusers.{name}" for name in system.diffusers))) or "-"
         parity = ", ".join(system.parity) or "-"
         published = f"{system.published}, arXiv {system.arxiv}"
-        rows.append((system.key, system.status, system.converter or "-", parity, classes, published))
+        converter = system.converter or system.also_converts or "-"
+        rows.append((system.key, system.status, converter, parity, classes, published))
     return table(rows)
 
 

@@ -175,15 +175,22 @@ class HFGenModel(PublishMixin, PortableConfigMixin, ModelMixin, ConfigMixin, Pef
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any):
-        """As in diffusers, except that tensors which the checkpoint lacks are an error and not only a warning.
+        """As in diffusers, except that tensors which only the checkpoint or only the model has are an error.
 
         Raises:
             OSError: a file is missing, damaged, or a pickle that holds more than tensors.
             ValueError: the configuration or the checkpoint does not fit the class.
         """
-        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        # With output_loading_info the caller gets the list of them; a model on several devices may rest on the disk.
-        if not isinstance(loaded, tuple) and getattr(loaded, "hf_device_map", None) is None:
+        if kwargs.pop("output_loading_info", False):  # the caller gets the lists of them
+            return super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        loaded, found = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        surplus = found["unexpected_keys"]
+        if surplus and kwargs.get("quantization_config") is None:  # which adds tensors of its own
+            raise ValueError(
+                f"The checkpoint in {str(pretrained_model_name_or_path)!r} has {len(surplus)} tensors that its "
+                f"{cls.__name__} does not have, such as {surplus[0]}: it belongs to another configuration."
+            )
+        if getattr(loaded, "hf_device_map", None) is None:  # a model on several devices may rest on the disk
             missing = [name for name, parameter in loaded.named_parameters() if parameter.is_meta]
             if missing:
                 raise ValueError(

@@ -4,15 +4,17 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import save_file
 
 import hfgen
 from hfgen import official
 from hfgen.conversion import ReleasedCheckpoint, ReleasedFile, to_original
+from support import text_encoders
 from support.command_line import error_of, run
 from support.golden import PUBLIC_CASES, read_case
 from support.instances import build_model
+from support.text_encoders import CAPTIONS
 
 CASE, MEAN_FLOW = read_case("dit", PUBLIC_CASES), read_case("mean_flow", PUBLIC_CASES)
 HEADS = ("--original-config", "num_heads=4")
@@ -90,6 +92,44 @@ def test_the_autoencoder_inside_of_a_pipeline_and_its_dtype(files):
     assert all(torch.equal(value, expected[name]) for name, value in vae.state_dict().items())
 
 
+def test_text_encoders_of_another_pipeline(files, capsys):
+    """A file of SD3 has the network alone; with encoders and autoencoder the command draws prompts."""
+    encoders = {
+        "text_encoder": text_encoders.clip(seed=1),
+        "text_encoder_2": text_encoders.clip(seed=2),
+        "text_encoder_3": text_encoders.t5(width=32, seed=3),
+    }
+    tokenizers = {name.replace("text_encoder", "tokenizer"): text_encoders.tokenizer() for name in encoders}
+    parts = {"transformer": None, "scheduler": None, "vae": autoencoder(16)}
+    StableDiffusion3Pipeline(**parts, **encoders, **tokenizers).save_pretrained(files / "whole")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = SD3Transformer2DModel(
+            sample_size=4, num_layers=1, num_attention_heads=1, attention_head_dim=64, caption_projection_dim=64,
+            joint_attention_dim=32, pooled_projection_dim=24, pos_embed_max_size=192,
+        )  # fmt: skip
+    save_file(to_original(network, "sd3", "transformer"), files / "sd3.safetensors")
+    convert = ("convert", "sd3", files / "sd3.safetensors", "--vae", files / "whole")
+
+    run(*convert, "--output", files / "bare")
+    assert "for prompts add --text-encoders stabilityai/stable-diffusion-3-medium" in capsys.readouterr().out
+    run(*convert, "--text-encoders", files / "whole", "--output", files / "out")
+    assert "add --" not in capsys.readouterr().out
+    pipeline = hfgen.AutoPipeline.from_pretrained(files / "out")
+    for name, encoder in encoders.items():
+        saved = getattr(pipeline, name).state_dict()
+        assert all(torch.equal(value, saved[key]) for key, value in encoder.state_dict().items()), name
+    options = ("--prompt", CAPTIONS[0], "--num-inference-steps", 1, "--height", 16, "--width", 16, "--device", "cpu")
+    run("sample", files / "out", *options, "--output", files / "images")
+    assert len(list((files / "images").glob("*.png"))) == 1
+
+    refused = ("convert", "dit", files / "dit.safetensors", *HEADS, "--output", files / "no")
+    assert "takes no text_encoder" in error_of(capsys, *refused, "--text-encoders", files / "whole")
+    convert += ("--output", files / "no", "--text-encoders")
+    assert "has no text_encoder" in error_of(capsys, *convert, files / "bare")
+    assert "there is no pipeline" in error_of(capsys, *convert, files / "vae")
+
+
 def test_official_weights_by_name(files, monkeypatch, capsys):
     file = ReleasedFile("transformer", "sit.safetensors", 1, original_config={"num_heads": 4})
     release = ReleasedCheckpoint("tiny", "sit", "authors/sit", (file,), "MIT")
@@ -103,6 +143,16 @@ def test_official_weights_by_name(files, monkeypatch, capsys):
     assert "--vae" not in capsys.readouterr().out
     assert "image = pipeline(class_labels=0).images[0]" in (files / "images" / "README.md").read_text()
     assert type(hfgen.AutoPipeline.from_pretrained(files / "images").vae) is AutoencoderKL
+
+
+def test_sizes_that_a_tokenizer_does_not_take(files, capsys):
+    PIL.Image.new("RGB", (1, 7), "teal").save(files / "thin.png")
+    command = ("reconstruct", files / "vae", files / "thin.png", "--output", files / "out", "--device", "cpu")
+    assert "has 1x7 pixels, fewer than the 2 of a code" in error_of(capsys, *command)
+    assert "--size is 33; this tokenizer takes multiples of 2" in error_of(capsys, *command, "--size", 33)
+    build_model("TiTok").save_pretrained(files / "titok")
+    command = ("reconstruct", files / "titok", files / "thin.png", "--output", files / "out", "--device", "cpu")
+    assert "--size is 33, but this tokenizer takes images of" in error_of(capsys, *command, "--size", 33)
 
 
 def test_reconstruct_with_the_autoencoder(files, capsys):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 import hfgen
 from support.instances import MODELS, PIPELINES, build_model, build_pipeline
@@ -75,3 +76,15 @@ def test_missing_configurations(tmp_path):
         hfgen.AutoPipeline.from_pretrained(tmp_path)
     with pytest.raises(OSError, match=r"Could not read config.json .*subfolder=None"):
         hfgen.AutoModel.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("load", [hfgen.AutoPipeline, hfgen.AutoModel])
+def test_a_hub_that_cannot_be_reached_is_said_to_be(load, monkeypatch):
+    """diffusers would say that the repository lacks a file."""
+
+    def offline(*arguments, **options):
+        raise LocalEntryNotFoundError("An error happened while trying to locate the file on the Hub")
+
+    monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", offline)
+    with pytest.raises(OSError, match="the Hub cannot be reached, and it was not downloaded before"):
+        load.from_pretrained("user/name")

@@ -25,6 +25,8 @@ def test_a_row_names_what_exists(system):
     if system.converter is not None:
         assert conversion.parts(system.converter)
         assert system.weights_licence, "a converter reads official weights, which have a licence"
+    if system.also_converts is not None:
+        assert conversion.parts(system.also_converts) and system.converter is None
     for name in system.diffusers:
         assert issubclass(getattr(diffusers, name), diffusers.ModelMixin)
     for path in system.examples:

@@ -124,6 +124,9 @@ def test_a_checkpoint_of_other_shapes_or_with_holes(fresh):
     edit_json(folder / "config.json", num_codes=16, num_layers=3)
     with pytest.raises(ValueError, match=r"lacks \d+ tensors of its VARTransformer, such as blocks\.2\."):
         AutoModel.from_pretrained(folder)
+    edit_json(folder / "config.json", num_layers=1)
+    with pytest.raises(ValueError, match=r"tensors that its VARTransformer does not have, such as blocks\.1\."):
+        AutoModel.from_pretrained(folder)
     edit_json(folder / "config.json", num_layers=2)
     save_file({name: value for name, value in state.items() if name != "proj_out.bias"}, folder / WEIGHTS)
     with pytest.raises(ValueError, match=r"lacks 1 tensors of its VARTransformer, such as proj_out\.bias"):
