@@ -37,7 +37,7 @@ ALLOWED = {
     "hfgen.counters": set(),
     "hfgen.images": {"hfgen.data"},
     "hfgen.systems": set(),
-    "hfgen.auto": {"hfgen"},
+    "hfgen.auto": {"hfgen", "hfgen.downloads"},
     "hfgen.cards": {"hfgen", "hfgen.systems"},
     "hfgen.publishing": {"hfgen", "hfgen.cards"},
     "hfgen.downloads": set(),
