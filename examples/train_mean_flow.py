@@ -1,7 +1,7 @@
 """Train MeanFlow: class-conditional generation in one step, without a teacher (arXiv 2505.13447).
 
-    accelerate launch examples/train_mean_flow.py --output_dir runs/mean_flow
-    accelerate launch examples/train_mean_flow.py --vae VAE --cache runs/latents --output_dir runs/mean_flow
+    accelerate launch examples/train_mean_flow.py --output_dir runs/mean-flow
+    accelerate launch examples/train_mean_flow.py --vae VAE --cache runs/latents --output_dir runs/mean-flow-latents
 
 It trains on pixels, or on latents of a frozen autoencoder: --vae encodes images on the way, --cache takes what
 examples/cache_latents.py wrote. Guidance is learned, of scale omega / (1 - kappa), so samples need none. The value of

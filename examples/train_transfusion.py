@@ -1,7 +1,8 @@
 """Train Transfusion: one transformer that writes text and draws images (arXiv 2408.11039).
 
     accelerate launch examples/train_transfusion.py --output_dir runs/transfusion
-    accelerate launch examples/train_transfusion.py --image_mode discrete --vae runs/vae/final --output_dir runs/codes
+    accelerate launch examples/train_transfusion.py --image_mode discrete --vae runs/vae/final \\
+        --output_dir runs/transfusion-codes
 
 Images are patches of noisy pixels, or with --vae latents, which the network learns to denoise beside the next tokens
 of the captions. With --image_mode discrete they are codes of noisy latents, predicted like words; the codes are
