@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from helping import HelpFormatter
+from helping import HelpFormatter, check_counts, check_output, run
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -36,6 +36,7 @@ from hfgen.training.batches import BlockSampler, collate
 ROOT = Path(__file__).resolve().parent.parent
 ZOO = ROOT / "zoo" / "var-shapes"
 BATCH_SIZE = 32
+LEAST_STEPS = 2  # the first record of a training is left out, and a median needs one more
 IMAGE_SIDE = 256  # of the files; a run on images decodes and shrinks them
 
 
@@ -102,12 +103,17 @@ def train(data: Dataset, tokenizer: MultiScaleVQVAE, folder: Path, steps: int, w
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--images", type=int, default=2000, help="rows of the data set")
-    parser.add_argument("--steps", type=int, default=30, help="training steps per row of the table")
+    parser.add_argument("--images", type=int, default=2000, help=f"rows of the data set, at least {BATCH_SIZE}")
+    parser.add_argument("--steps", type=int, default=30, help=f"training steps per row, at least {LEAST_STEPS}")
     parser.add_argument("--workers", type=int, nargs="+", default=[0], help="numbers of data loading processes")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args(arguments)
+    check_counts(parser, options, ("images",), least=BATCH_SIZE)
+    check_counts(parser, options, ("steps",), least=LEAST_STEPS)
+    check_counts(parser, options, ("workers",), least=0)
+    check_counts(parser, options, ("threads",))
+    check_output(parser, "--json", options.json)
     torch.set_num_threads(options.threads)
     tokenizer = MultiScaleVQVAE.from_pretrained(ZOO, subfolder="vq_model")
 
@@ -160,4 +166,4 @@ def _on_device(batch: dict, tokenizer: MultiScaleVQVAE) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -25,7 +25,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from helping import HelpFormatter
+from helping import HelpFormatter, check_clone, check_counts, run
 from official_var import fill
 from timing import alternate
 from torch import Tensor, nn
@@ -211,8 +211,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads")
     parser.add_argument("--repeats", type=int, default=5, help="calls of each, in turns")
     arguments = parser.parse_args()
-    if not (arguments.repository / "modeling" / "titok.py").is_file():
-        parser.error(f"{arguments.repository} is no clone of bytedance/1d-tokenizer: it has no modeling/titok.py")
+    check_clone(parser, arguments.repository, "bytedance/1d-tokenizer", "modeling/titok.py")
+    check_counts(parser, arguments, ("batch", "steps", "threads", "repeats"))
 
     torch.set_num_threads(arguments.threads)
     official = Official(arguments.repository, arguments.model)
@@ -235,4 +235,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

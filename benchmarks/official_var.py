@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from helping import HelpFormatter
+from helping import HelpFormatter, check_clone, check_counts, run
 from torch import Tensor, nn
 
 from hfgen import VARPipeline
@@ -128,9 +128,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="calls of each, in turns; at least 2")
     parser.add_argument("--fuse", action="store_true", help="with transformer.fuse_qkv_projections()")
     arguments = parser.parse_args()
+    check_clone(parser, arguments.repository, "FoundationVision/VAR", "models/var.py")
+    check_counts(parser, arguments, ("depth", "batch", "threads"))
+    check_counts(parser, arguments, ("repeats",), least=2)
 
-    if arguments.repeats < 2:
-        parser.error(f"--repeats is {arguments.repeats}; it must be at least 2.")
     torch.set_num_threads(arguments.threads)
     official = Official(arguments.repository, arguments.depth)
     ours = Ours(official, arguments.fuse)
@@ -166,4 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

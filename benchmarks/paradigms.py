@@ -20,17 +20,22 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from comparisons import check_counts, command_line, comparison_parser
-from paradigms_report import draw, text, write_page
+from comparisons import check_comparison, command_line, comparison_parser, stored_results
+from helping import run
+from pages import wrapped
+from paradigms_report import BEGIN, END, draw, text, write_page
 from paradigms_sampling import Quality, SamplingSettings, measure, pass_seconds
 from paradigms_training import METHODS, TrainingSettings, latents, training, with_parents
 from tqdm.auto import tqdm
 from trainings import ROOT, Runs
 
+from hfgen.pipelines.latents import downsample_factor
 from hfgen.training.history import write_text
+from hfgen.training.token_encoding import load_image_tokenizer
 
 COMMAND = "python benchmarks/paradigms.py --runs runs/paradigms --page docs/paradigms.md"
 RESULTS_FILE, PICTURE_FILE = "paradigms.json", "paradigms.png"
+RESULT_PARTS = ("command", "seeds", "steps", "true_images", "training_seconds", "measures", "pass_seconds")
 VAE = Path("zoo/transfusion-shapes/vae")  # below the folder of the repository
 QUICK = {
     "budget": 2, "batch_size": 4, "images": 64, "resolution": 16, "pairs": 8, "pair_steps": 2, "steps": [1, 4],
@@ -44,30 +49,28 @@ def build_parser() -> argparse.ArgumentParser:
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
         help=f"of {', '.join(METHODS)}; what they build on is added (default: all)",
     )  # fmt: skip
-    parser.add_argument("--budget", type=int, default=400, help="optimizer steps of each method (default: 400)")
-    parser.add_argument("--batch_size", type=int, default=128, help="images per step (default: 128)")
-    parser.add_argument("--learning_rate", type=float, default=1e-2, help="peak, then a cosine (default: 0.01)")
-    parser.add_argument(
-        "--vae", type=Path, default=VAE, metavar="DIR", help=f"KL autoencoder of all methods (default: {VAE})"
-    )
-    parser.add_argument("--images", type=int, default=20000, help="true images to train on (default: 20000)")
-    parser.add_argument("--resolution", type=int, default=32, help="side of the images in pixels (default: 32)")
-    parser.add_argument("--patch_size", type=int, default=2, help="of the transformers, in latents (default: 2)")
+    parser.add_argument("--budget", type=int, default=400, help="optimizer steps of each method")
+    parser.add_argument("--batch_size", type=int, default=128, help="images per step")
+    parser.add_argument("--learning_rate", type=float, default=1e-2, help="peak, then a cosine")
+    parser.add_argument("--vae", type=Path, default=VAE, metavar="DIR", help="KL autoencoder of all methods")
+    parser.add_argument("--images", type=int, default=20000, help="true images to train on")
+    parser.add_argument("--resolution", type=int, default=32, help="side of the images in pixels")
+    parser.add_argument("--patch_size", type=int, default=2, help="of the transformers, in latents")
     parser.add_argument(
         "--guidance", type=float, default=2.0,
-        help="classifier-free guidance; pairs and MeanFlow learn it, at least 1 (default: 2)",
+        help="classifier-free guidance; pairs and MeanFlow learn it, at least 1",
     )  # fmt: skip
-    parser.add_argument("--pairs", type=int, default=4000, help="pairs of reflow and distillation (default: 4000)")
-    parser.add_argument("--pair_steps", type=int, default=16, help="Euler steps that make a pair (default: 16)")
+    parser.add_argument("--pairs", type=int, default=4000, help="pairs of reflow and distillation")
+    parser.add_argument("--pair_steps", type=int, default=16, help="Euler steps that make a pair")
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32],
-        help="passes of the samplers (default: 1 2 4 8 16 32)",
+        help="passes of the samplers",
     )  # fmt: skip
-    parser.add_argument("--per_class", type=int, default=10, help="images to make of each class (default: 10)")
-    parser.add_argument("--reference", type=int, default=4800, help="true images to compare with (default: 4800)")
+    parser.add_argument("--per_class", type=int, default=10, help="images to make of each class")
+    parser.add_argument("--reference", type=int, default=4800, help="true images to compare with")
     parser.add_argument(
         "--sides", type=int, nargs="*", default=[16, 32, 64, 128],
-        help="sides of images whose cost per pass is measured, multiples of 4 (default: 16 32 64 128)",
+        help="sides of images whose cost per pass is measured, multiples of 4",
     )  # fmt: skip
     return parser
 
@@ -76,14 +79,32 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.quick:
         vars(arguments).update(QUICK)
-    check_counts(parser, arguments, ("budget", "batch_size", "images", "pairs", "pair_steps", "threads"))
+    counts = ("budget", "batch_size", "images", "resolution", "patch_size", "pairs", "pair_steps", "reference")
+    check_comparison(parser, arguments, counts, (BEGIN, END))
     if min(arguments.steps) < 1 or arguments.per_class < 2:
         parser.error("--steps must be at least 1 and --per_class at least 2.")
-    if arguments.from_results is None and not (ROOT / arguments.vae).is_dir():
-        parser.error(f"--vae {arguments.vae} is not a folder; train one with examples/train_autoencoder_kl.py.")
+    if arguments.from_results is None:
+        check_autoencoder(parser, arguments)
     if any(side < 4 or side % 4 for side in arguments.sides):
         parser.error(f"--sides are {arguments.sides}; the U-Net needs multiples of 4.")
     return arguments
+
+
+def check_autoencoder(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End the program without it, or if images of this resolution give no whole latents, or these no whole patches."""
+    if not (ROOT / arguments.vae).is_dir():
+        parser.error(f"--vae {arguments.vae} is not a folder; train one with examples/train_autoencoder_kl.py.")
+    factor = downsample_factor(load_image_tokenizer(str(ROOT / arguments.vae)))
+    if arguments.resolution % factor:
+        parser.error(
+            f"--resolution is {arguments.resolution}; the autoencoder {arguments.vae} needs a multiple of {factor}."
+        )
+    transformers = not all(name.startswith("unet") for name in arguments.methods)
+    if transformers and arguments.resolution // factor % arguments.patch_size:
+        parser.error(
+            f"--patch_size is {arguments.patch_size}; it must divide the {arguments.resolution // factor} latents in "
+            f"a row of images of {arguments.resolution} pixels."
+        )
 
 
 def compare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> dict:
@@ -141,8 +162,8 @@ def main() -> None:
     if arguments.from_results is None:
         results = compare(parser, arguments)
     else:
-        results = json.loads(arguments.from_results.read_text(encoding="utf-8"))
-    print(text(results))
+        results = stored_results(arguments.from_results, RESULT_PARTS, METHODS)
+    print(wrapped(text(results)))
     if arguments.page is not None:
         write_page(arguments.page, results)
     else:
@@ -150,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

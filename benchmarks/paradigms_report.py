@@ -86,9 +86,10 @@ def write_page(page: Path, results: Mapping) -> Path:
         The picture.
 
     Raises:
-        ValueError: the page lacks the markers.
+        OSError: there is no such page.
+        ValueError: it lacks the markers.
     """
-    content = page.read_text(encoding="utf-8") if page.is_file() else ""
+    content = page.read_text(encoding="utf-8")
     picture = page.parent / "images" / f"{page.stem}.png"
     with_section(content, BEGIN, END, "")  # raises before anything is drawn
     shown = f"![Quality against passes and seconds](images/{picture.name})"

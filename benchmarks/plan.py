@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from diffusers import SD3Transformer2DModel
-from helping import HelpFormatter
+from helping import HelpFormatter, check_counts, check_output, run
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -133,7 +133,8 @@ def llamagen_3b() -> Plan:
 def titok_l() -> Plan:
     """Yu et al., arXiv 2406.07550, stage 1 of TiTok-L-32: two ViT-L, whose target codes a frozen MaskGIT-VQGAN gives.
 
-    There is no such class in hfgen yet; the layers follow the published sizes.
+    The layers follow the published sizes; :class:`hfgen.TiTok` with the preset titok-l-32 has the pixel decoder of
+    stage 2 besides.
     """
     width, layers, grid, latents, code_dim, num_codes, proxy = 1024, 24, 16 * 16, 32, 12, 4096, 1024
     with torch.device("meta"):
@@ -255,11 +256,11 @@ def main() -> None:
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
-    for name in ("batch", "memory", "peak_tflops"):
+    check_counts(parser, arguments, ("batch", "gpus"))
+    check_output(parser, "--json", arguments.json)
+    for name in ("memory", "peak_tflops"):
         if getattr(arguments, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be positive")
-    if min(arguments.gpus) < 1:
-        parser.error(f"--gpus is {min(arguments.gpus)}; it must be at least 1")
     if not 0 < arguments.mfu <= 1:
         parser.error(f"--mfu is {arguments.mfu}; it must be in (0, 1]")
 
@@ -285,4 +286,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

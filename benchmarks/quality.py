@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from helping import HelpFormatter
+from helping import HelpFormatter, check_counts, check_output, check_saved, run
 from tqdm import tqdm
 
 from hfgen.auto import AutoPipeline
@@ -42,20 +42,26 @@ class Bundled:
     """What a pipeline of the zoo is measured by.
 
     Attributes:
+        pipeline: its class.
         temperature: its name for the temperature of its draws, None without such draws.
+        choices: whether it chooses what stays, with a temperature of that.
+        steps: whether the number of its steps can be chosen.
         captions: the sources whose captions it learned.
     """
 
+    pipeline: str
     temperature: str | None = None
+    choices: bool = False
+    steps: bool = True
     captions: tuple[str, ...] = ()
 
 
 PIPELINES = {
-    "var-shapes": Bundled("temperature"),
-    "titok-shapes": Bundled("token_temperature"),
-    "flow-shapes": Bundled(captions=("shapes:single", "shapes:double")),
-    "meanflow-shapes": Bundled(),
-    "transfusion-shapes": Bundled(captions=("shapes:single",)),
+    "var-shapes": Bundled("VARPipeline", "temperature", steps=False),
+    "titok-shapes": Bundled("MaskGITPipeline", "token_temperature", choices=True),
+    "flow-shapes": Bundled("RectifiedFlowPipeline", captions=("shapes:single", "shapes:double")),
+    "meanflow-shapes": Bundled("MeanFlowPipeline"),
+    "transfusion-shapes": Bundled("TransfusionPipeline", captions=("shapes:single",)),
 }
 TITLES = {"shapes:single": "one object", "shapes:double": "two objects"}
 READ = {
@@ -205,6 +211,25 @@ def measure_captions(pipe: DiffusionPipeline, arguments: argparse.Namespace, set
     return results
 
 
+def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End the program if an argument is out of range, or none of this pipeline."""
+    bundled = PIPELINES[arguments.name]
+    taken = {
+        "temperature": bundled.temperature is not None, "choice_temperature": bundled.choices, "steps": bundled.steps,
+    }  # fmt: skip
+    for name, takes in taken.items():
+        if getattr(arguments, name) is not None and not takes:
+            known = ", ".join(f"--{each}" for each, has in taken.items() if has)
+            parser.error(f"--{name} is nothing that {arguments.name} has; of these it takes {known} only.")
+    check_counts(parser, arguments, ("images", "per_class", "captions", "batch_size", "steps"))
+    if arguments.temperature is not None and arguments.temperature <= 0:
+        parser.error(f"--temperature is {arguments.temperature:g}; it must be above 0.")
+    check_counts(parser, arguments, ("choice_temperature",), least=0)
+    if arguments.path is not None:
+        check_saved(parser, "--path", arguments.path, "model_index.json", bundled.pipeline)
+    check_output(parser, "--json", arguments.json)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("name", choices=sorted(PIPELINES), help="pipeline of the zoo")
@@ -214,7 +239,7 @@ def main() -> None:
         "--captions", type=int, default=500, help="captions of one and, if learned, of two objects to generate from"
     )
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="guidance scales")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of tokens: divides the guided logits of draws")
+    parser.add_argument("--temperature", type=float, help="of tokens: divides the guided logits of draws (default: 1)")
     parser.add_argument("--choice_temperature", type=float, help="titok-shapes: noise of the choice of what stays")
     parser.add_argument("--steps", type=int, help="sampling steps; by default those of the pipeline")
     parser.add_argument("--batch_size", type=int, default=100, help="images per call")
@@ -222,11 +247,15 @@ def main() -> None:
     parser.add_argument("--path", type=Path, help="measure this pipeline folder instead of the bundled one")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args()
+    check_arguments(parser, arguments)
 
     pipe = AutoPipeline.from_pretrained(arguments.path or ZOO / arguments.name, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
+    if arguments.name == "titok-shapes" and (arguments.steps or 0) > pipe.vq_model.num_tokens:
+        parser.error(f"--steps is {arguments.steps}; it must be at most the {pipe.vq_model.num_tokens} tokens.")
     more = {"choice_temperature": arguments.choice_temperature, "num_inference_steps": arguments.steps}
     if PIPELINES[arguments.name].temperature is not None:
+        arguments.temperature = 1.0 if arguments.temperature is None else arguments.temperature
         more[PIPELINES[arguments.name].temperature] = arguments.temperature
     settings = {name: value for name, value in more.items() if value is not None}
     if arguments.name == "var-shapes":
@@ -245,4 +274,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

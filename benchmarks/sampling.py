@@ -28,7 +28,7 @@ import speed_transfusion
 import speed_var
 import torch
 from comparison import COLUMNS, measure
-from helping import HelpFormatter
+from helping import HelpFormatter, check_counts, check_output, run
 
 SYSTEMS = {
     "var": speed_var,
@@ -37,6 +37,19 @@ SYSTEMS = {
     "rectified_flow": speed_rectified_flow,
     "transfusion": speed_transfusion,
 }
+
+
+def check_device(parser: argparse.ArgumentParser, name: str) -> None:
+    """End the program if PyTorch has no such device here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        parser.error(f"--device {name} is no device that is timed; give cpu, cuda or cuda:1.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        parser.error(f"--device {name} is not here: PyTorch {torch.__version__} finds {count} of CUDA; give cpu.")
 
 
 def main() -> None:
@@ -56,6 +69,9 @@ def main() -> None:
     size = arguments.size or next(iter(system.SIZES))
     if size not in system.SIZES:
         parser.error(f"--size {size} is none of {arguments.system}; choose one of {', '.join(system.SIZES)}")
+    check_counts(parser, arguments, ("batch", "threads", "repeats"))
+    check_device(parser, arguments.device)
+    check_output(parser, "--json", arguments.json)
 
     rows = []
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {size}, deterministic, guidance on")
@@ -74,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

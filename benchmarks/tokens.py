@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helping import HelpFormatter
+from comparisons import check_page
+from helping import HelpFormatter, check_counts, check_runs, check_saved, read_object, run
 from pages import with_section
 from tokens_measure import BATCH, reconstruct, sample, save_curves, save_rows, unseen_images
 from tokens_page import markers, section
@@ -211,6 +212,29 @@ def rewrite(page: Path, results: dict[str, Any]) -> None:
     write_text(page, text)
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """What was measured before, by part.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    results = read_object(path)
+    unknown = [name for name in results if name not in PARTS]
+    if unknown:
+        raise ValueError(f"{path} has {', '.join(unknown)}; expected results of {', '.join(PARTS)}.")
+    return results
+
+
+def check_pipeline(parser: argparse.ArgumentParser, form: str, folder: Path) -> None:
+    """End the program if a folder has no MaskGIT pipeline over a sequence of tokens, or over a grid."""
+    flag = "--titok_pipeline" if form == "sequence" else "--grid_pipeline"
+    config = check_saved(parser, flag, folder, "model_index.json", "MaskGITPipeline")
+    tokenizer = config["vq_model"][1]
+    if (tokenizer == "TiTok") != (form == "sequence"):
+        other = "--grid_pipeline" if form == "sequence" else "--titok_pipeline"
+        parser.error(f"{flag} {folder} is over the tokens of a {tokenizer}; give it as {other}.")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
@@ -246,14 +270,23 @@ def main() -> None:
     pipelines = {form: folder for form, folder in given.items() if folder is not None}
     if "steps" in arguments.parts and not pipelines:
         parser.error("--parts steps needs --titok_pipeline or --grid_pipeline: a folder that train_maskgit.py made.")
-    if min(arguments.steps, arguments.stage_steps, arguments.images, arguments.per_class) < 1:
-        parser.error("--steps, --stage_steps, --images and --per_class must be at least 1.")
+    check_counts(parser, arguments, ("steps", "stage_steps", "images", "per_class"))
+    check_runs(parser, arguments.runs)
+    for form, folder in pipelines.items():
+        check_pipeline(parser, form, folder)
+    if arguments.vqgan is not None:
+        check_saved(parser, "--vqgan", arguments.vqgan, "config.json", "MaskGITVQGAN")
     if arguments.quick:
         arguments.steps = arguments.stage_steps = 2
         arguments.images, arguments.per_class = 24, 1
     torch.set_num_threads(1)
     folder = arguments.runs.resolve()
     page = arguments.page or (folder / "tokens.md" if arguments.quick else PAGE)
+    path = folder / "results.json"
+    stored = read_results(path) if path.exists() else {}
+    if not arguments.parts and not path.exists():
+        parser.error(f"{path} does not exist: measure something first, with --parts {' '.join(PARTS)}.")
+    check_page(parser, page if page.exists() else PAGE, [markers(name) for name in arguments.parts or stored])
     pixels, labels = unseen_images(arguments.images)
     setup = Setup(
         runs=Runs(folder, tuple(shlex.split(arguments.launcher)), TRIAL if arguments.quick else ()),
@@ -268,19 +301,16 @@ def main() -> None:
         per_class=arguments.per_class,
         progress=not arguments.no_progress,
     )
-    path = folder / "results.json"
     for name in arguments.parts:
         result = PARTS[name](setup)
         # Read just before it is written: other parts may be measured at the same time.
-        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        results = read_results(path) if path.exists() else {}
         write_text(path, json.dumps(results | {name: result}, indent=1) + "\n")
         rewrite(page, {name: result})
         print("\n" + section(name, result))
     if not arguments.parts:
-        if not path.exists():
-            parser.error(f"{path} does not exist: measure something first, with --parts {' '.join(PARTS)}.")
-        rewrite(page, json.loads(path.read_text(encoding="utf-8")))
+        rewrite(page, stored)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from helping import HelpFormatter
+from helping import HelpFormatter, check_counts, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -140,15 +140,17 @@ def timed(step: Callable[[], float], count: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--layers", type=int, default=4, help="transformer blocks (default 4)")
-    parser.add_argument("--heads", type=int, default=4, help="attention heads of width 32 (default 4)")
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[8, 32], help="images per step (default 8 32)")
-    parser.add_argument("--rounds", type=int, default=20, help="turns of each (default 20)")
-    parser.add_argument("--steps", type=int, default=3, help="steps per turn (default 3)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--num_workers", type=int, default=0, help="data loading processes (default 0)")
+    parser.add_argument("--layers", type=int, default=4, help="transformer blocks")
+    parser.add_argument("--heads", type=int, default=4, help="attention heads of width 32")
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[8, 32], help="images per step")
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each")
+    parser.add_argument("--steps", type=int, default=3, help="steps per turn")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--num_workers", type=int, default=0, help="data loading processes")
     parser.add_argument("--no_progress", action="store_true", help="no progress bar")
     arguments = parser.parse_args()
+    check_counts(parser, arguments, ("layers", "heads", "batch_size", "rounds", "steps", "threads"))
+    check_counts(parser, arguments, ("num_workers",), least=0)
     torch.set_num_threads(arguments.threads)
 
     print("| batch | bare ms | engine ms | overhead | bare CPU ms | engine CPU ms | CPU overhead |")
@@ -185,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -24,11 +24,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from comparisons import check_counts, command_line, comparison_parser
+from comparisons import check_comparison, command_line, comparison_parser, stored_results
+from helping import run
+from pages import wrapped
 from tqdm.auto import tqdm
 from trainings import ROOT, Runs, Training
 from unified_measure import Judge, Settings, last_validation
-from unified_report import page_part, picture_name, write_page
+from unified_report import BEGIN, END, page_part, picture_name, write_page
 from unified_training import CONTINUOUS, DATA, DISCRETE, TEXT, Plan, chain
 
 from hfgen.images import make_grid, save_png
@@ -36,6 +38,7 @@ from hfgen.training.history import write_text
 
 COMMAND = "python benchmarks/unified.py --runs runs/unified --page docs/claims.md"
 RESULTS_FILE, PICTURES = "unified.json", "pictures"
+RESULT_PARTS = ("command", "seeds", "true_images", "training_seconds", "measures")
 VAE = Path("zoo/transfusion-shapes/vae")  # below the folder of the repository
 MODELS = ("robust", *TEXT, *CONTINUOUS, *DISCRETE)
 SHOWN = 12  # drawn images of each model
@@ -50,16 +53,14 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--vae", type=Path, default=VAE, metavar="DIR",
-        help=f"KL autoencoder of all models, with 8x8 latents for 32 pixels (default: {VAE})",
+        help="KL autoencoder of all models, with 8x8 latents for 32 pixels",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=500, help="of each transformer (default: 500)")
-    parser.add_argument(
-        "--decoder_steps", type=int, default=600, help="of each fine-tuning of the decoder (default: 600)"
-    )
-    parser.add_argument("--images", type=int, default=240, help="to draw and to write about (default: 240)")
-    parser.add_argument("--reference", type=int, default=2000, help="true images to compare with (default: 2000)")
-    parser.add_argument("--denoising_steps", type=int, default=25, help="of continuous images (default: 25)")
-    parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free, 1 is off (default: 2)")
+    parser.add_argument("--steps", type=int, default=500, help="of each transformer")
+    parser.add_argument("--decoder_steps", type=int, default=600, help="of each fine-tuning of the decoder")
+    parser.add_argument("--images", type=int, default=240, help="to draw and to write about")
+    parser.add_argument("--reference", type=int, default=2000, help="true images to compare with")
+    parser.add_argument("--denoising_steps", type=int, default=25, help="of continuous images")
+    parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free, 1 is off")
     return parser
 
 
@@ -68,7 +69,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if arguments.quick:
         small = {"steps": 2, "decoder_steps": 2, "images": 8, "reference": 96, "denoising_steps": 2}
         vars(arguments).update(small)
-    check_counts(parser, arguments, ("steps", "decoder_steps", "denoising_steps", "threads"))
+    check_comparison(parser, arguments, ("steps", "decoder_steps", "denoising_steps"), (BEGIN, END))
     if min(arguments.images, arguments.reference) < 2:
         parser.error("--images and --reference must be at least 2.")
     if arguments.from_results is None and not (ROOT / arguments.vae).is_dir():
@@ -119,12 +120,12 @@ def main() -> None:
     if arguments.from_results is None:
         results = compare(parser, arguments)
     else:
-        results = json.loads(arguments.from_results.read_text(encoding="utf-8"))
-    print(page_part(results))
+        results = stored_results(arguments.from_results, RESULT_PARTS, MODELS)
+    print(wrapped(page_part(results)))
     if arguments.page is not None:
         folder = arguments.runs if arguments.from_results is None else arguments.from_results.parent
         write_page(arguments.page, results, folder / PICTURES)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -107,9 +107,10 @@ def write_page(page: Path, results: Mapping, pictures: Path) -> None:
         pictures: folder with what each model draws.
 
     Raises:
-        ValueError: the page lacks the markers.
+        OSError: there is no such page.
+        ValueError: it lacks the markers.
     """
-    content = page.read_text(encoding="utf-8") if page.is_file() else ""
+    content = page.read_text(encoding="utf-8")
     with_section(content, BEGIN, END, "")  # raises before anything is drawn
     text = page_part(results)
     drawn, models = drawn_by_all(pictures, results["measures"], f"seed-{results['seeds'][0]}")

@@ -7,19 +7,15 @@ A run that was interrupted continues when the same command is given again, with 
 --crop random, --variants 10 keeps ten augmented versions of each image. --push_to USER/NAME publishes the cache.
 """
 
-from hfgen import AutoModel
-from hfgen.training import CacheConfig, build_cache, loading_flag, script
+from hfgen.training import CacheConfig, build_cache, script
+from hfgen.training.token_encoding import load_code_tokenizer
 
 Config = CacheConfig
 
 
 @script(Config, __doc__)
 def main(config: Config) -> None:
-    with loading_flag("tokenizer", config.tokenizer):
-        tokenizer = AutoModel.from_pretrained(config.tokenizer, subfolder=config.subfolder)
-    if getattr(tokenizer, "codebook_size", None) is None:
-        raise ValueError(f"{config.tokenizer} has no codebook: use cache_latents.py for a continuous tokenizer.")
-    build_cache(config, tokenizer)
+    build_cache(config, load_code_tokenizer(config.tokenizer, config.subfolder))
 
 
 if __name__ == "__main__":

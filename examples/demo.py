@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from hfgen import VARPipeline
+from hfgen import AutoPipeline, VARPipeline
 from hfgen.counters import generator
 from hfgen.evaluation.judge import judge_labels
 from hfgen.images import make_grid, save_png
@@ -22,14 +22,28 @@ SETTINGS = {"guidance_scale": 3.0, "temperature": 0.6}  # those of the card of z
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--pipeline", default=str(ROOT / "zoo" / "var-shapes"), help="folder or Hub id")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder for the pictures")
     parser.add_argument("--images-per-class", type=int, default=4, help="images of each class for the judge")
-    parser.add_argument("--seed", type=int, default=0, help="of the images (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the images")
     options = parser.parse_args()
+    try:
+        run(options)
+    except (OSError, ValueError) as error:  # a wrong input
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
 
-    pipeline = VARPipeline.from_pretrained(options.pipeline, dtype=torch.float32)
+
+def run(options: argparse.Namespace) -> None:
+    if options.images_per_class < 1:
+        raise ValueError(f"--images-per-class is {options.images_per_class}; it must be at least 1.")
+    if options.output.exists() and not options.output.is_dir():
+        raise ValueError(f"--output {options.output} is a file; expected a folder for the pictures.")
+    pipeline = AutoPipeline.from_pretrained(options.pipeline, dtype=torch.float32)
+    if not isinstance(pipeline, VARPipeline):
+        raise ValueError(f"--pipeline {options.pipeline} is a {type(pipeline).__name__}; expected a VARPipeline.")
     pipeline.set_progress_bar_config(disable=True)
     class_names = pipeline.class_names
     # Row i of `labels` shows every class once; image k is drawn from (seed, k) alone.

@@ -26,7 +26,14 @@ from hfgen.losses.perceptual import LPIPS
 from hfgen.losses.reflow import one_step_loss, reflow_sigmas
 from hfgen.training import REQUIRED, Phase, Task, Trainer, TrainingConfig, Validation, flag, loading_flag, script
 from hfgen.training.batches import collate
-from hfgen.training.flow_pairs import first_captions, flow_straightness, make_pairs, pair_arguments, pair_conditions
+from hfgen.training.flow_pairs import (
+    check_data_flags,
+    first_captions,
+    flow_straightness,
+    make_pairs,
+    pair_arguments,
+    pair_conditions,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,20 +42,17 @@ logger = logging.getLogger(__name__)
 class Config(TrainingConfig):
     model: str = flag(REQUIRED, "folder or Hub id of the pipeline of a trained flow")
     mode: Literal["reflow", "distill"] = flag("reflow", "straighter paths, or a sampler of few steps")
-    num_pairs: int = flag(10_000, "pairs of noise and image to make")
+    num_pairs: int = flag(10_000, "pairs of noise and image to make", least=1)
     pairs: str | None = flag(None, "folder of the pairs; by default OUTPUT_DIR/pairs")
-    num_inference_steps: int = flag(50, "steps of the flow that makes the pairs")
+    num_inference_steps: int = flag(50, "steps of the flow that makes the pairs", least=1)
     guidance_scale: float = flag(1.0, "its guidance, 1 is off")
-    distill_steps: int = flag(1, "Euler steps to distil to")
+    distill_steps: int = flag(1, "Euler steps to distil to", least=1)
     distance: Literal["l2", "lpips", "lpips+l2"] = flag("l2", "loss of --mode distill; lpips is for one step")
     perceptual_source: str | None = flag(None, "folder or Hub id of the LPIPS weights")
-    straightness_steps: int = flag(16, "Euler steps along which the straightness is measured")
+    straightness_steps: int = flag(16, "Euler steps along which the straightness is measured", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_pairs", "num_inference_steps", "distill_steps", "straightness_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
         if self.distance != "l2" and (self.mode != "distill" or self.distill_steps != 1):
             raise ValueError(f"--distance {self.distance} compares images: use --mode distill --distill_steps 1.")
         if self.distance != "l2" and self.perceptual_source is None:
@@ -110,6 +114,7 @@ def main(config: Config) -> None:
     trainer = Trainer(config)
     with loading_flag("model", config.model):
         teacher = RectifiedFlowPipeline.from_pretrained(config.model).to(trainer.device)
+    check_data_flags(config, teacher)
     pairs = make_pairs(
         teacher,
         config.pairs or Path(config.output_dir) / "pairs",

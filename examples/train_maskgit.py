@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from hfgen import ImageBert, MaskedTokenScheduler, MaskGITPipeline, MaskGITTransformer, UViTBert
-from hfgen.auto import AutoModel
 from hfgen.counters import generator
 from hfgen.losses.masked import masked_token_accuracy, masked_token_loss
 from hfgen.sampling.masked_tokens import check_mask_schedule, mask_ratio, random_token_mask
@@ -27,11 +26,11 @@ from hfgen.training import (
     Trainer,
     batch_codes,
     flag,
-    loading_flag,
     script,
     training_tokens,
 )
 from hfgen.training.class_validation import class_validation
+from hfgen.training.token_encoding import load_code_tokenizer
 
 
 @dataclass(kw_only=True)
@@ -42,10 +41,10 @@ class Config(TokenTrainingConfig):
     model: Literal["maskgit", "image_bert", "uvit"] = flag(
         "maskgit", "MaskGITTransformer, or TiTok's ImageBert and UViTBert"
     )
-    num_layers: int = flag(4, "transformer blocks; uvit adds one in the middle")
-    num_attention_heads: int = flag(4, "attention heads")
-    hidden_size: int = flag(128, "width of the model")
-    intermediate_size: int = flag(512, "width inside the MLPs")
+    num_layers: int = flag(4, "transformer blocks; uvit adds one in the middle", least=1)
+    num_attention_heads: int = flag(4, "attention heads", least=1)
+    hidden_size: int = flag(128, "width of the model", least=1)
+    intermediate_size: int = flag(512, "width inside the MLPs", least=1)
     dropout: float = flag(0.0, "dropout of maskgit and image_bert; uvit has none")
     class_dropout: float = flag(0.1, "probability of training an image without its label, for guidance")
     mask_schedule: str = flag("cosine", "share of masked tokens as a function of a uniform draw: cosine, arccos, ...")
@@ -133,10 +132,7 @@ class MaskGITTask(Task):
 @script(Config, __doc__)
 def main(config: Config) -> None:
     trainer = Trainer(config)
-    with loading_flag("tokenizer", config.tokenizer):
-        tokenizer = AutoModel.from_pretrained(config.tokenizer)
-    if getattr(tokenizer, "codebook_size", None) is None:
-        raise ValueError(f"--tokenizer {config.tokenizer}: a {type(tokenizer).__name__} without a fixed set of codes.")
+    tokenizer = load_code_tokenizer(config.tokenizer)
     data = training_tokens(config, tokenizer, trainer)
     trainer.fit(MaskGITTask(config, tokenizer, data.num_classes, data.class_names), data)
 

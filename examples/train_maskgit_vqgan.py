@@ -38,12 +38,14 @@ class Config(TrainingConfig):
     learning_rate: float = flag(2.5e-3, "peak learning rate", group="optimisation")
     weight_decay: float = flag(0.0, "decoupled weight decay of convolutions", group="optimisation")
 
-    num_codes: int = flag(512, "size of the codebook")
-    latent_channels: int = flag(16, "channels of the latents and of each code")
-    base_channels: int = flag(16, "width at full resolution")
-    channel_multipliers: tuple[int, ...] = flag((1, 2, 2), "width of each level; all but the last halve the size")
-    layers_per_block: int = flag(1, "residual blocks per level")
-    norm_num_groups: int = flag(8, "groups of the group normalisations; divides every width")
+    num_codes: int = flag(512, "size of the codebook", least=1)
+    latent_channels: int = flag(16, "channels of the latents and of each code", least=1)
+    base_channels: int = flag(16, "width at full resolution", least=1)
+    channel_multipliers: tuple[int, ...] = flag(
+        (1, 2, 2), "width of each level; all but the last halve the size", least=1
+    )
+    layers_per_block: int = flag(1, "residual blocks per level", least=1)
+    norm_num_groups: int = flag(8, "groups of the group normalisations; divides every width", least=1)
     commitment_weight: float = flag(0.25, "weight of the encoder's term inside the quantizer's loss")
     entropy_weight: float = flag(0.0, "weight of the entropy term inside it, which spreads the codes; 0: none")
     entropy_temperature: float = flag(0.01, "temperature of the entropy term")
@@ -59,8 +61,8 @@ class Config(TrainingConfig):
     )
     adversarial_weight: float = flag(0.0, "weight of the non-saturating GAN loss; 0 trains no discriminator")
     discriminator_start: int = flag(0, "first step with the adversarial loss")
-    discriminator_layers: int = flag(1, "halvings of the discriminator before 16x16 logits")
-    discriminator_channels: int = flag(64, "width of its first layer")
+    discriminator_layers: int = flag(1, "halvings of the discriminator before 16x16 logits", least=0)
+    discriminator_channels: int = flag(64, "width of its first layer", least=1)
     discriminator_learning_rate: float | None = flag(None, "its peak learning rate; by default the same")
     gradient_penalty: float = flag(10.0, "weight of R1, the squared gradient of the discriminator at true images")
 

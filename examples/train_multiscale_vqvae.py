@@ -6,8 +6,6 @@ The defaults train a small tokenizer on the built-in shapes. The result is the f
 MultiScaleVQVAE.from_pretrained and for examples/train_var.py --tokenizer.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch.nn import functional as F
 
@@ -23,47 +21,14 @@ from hfgen.training import (
     Phase,
     Task,
     Trainer,
-    TrainingConfig,
     Validation,
-    flag,
     frozen,
     script,
     training_images,
     unwrap,
     validation_images,
 )
-
-
-@dataclass(kw_only=True)
-class Config(TrainingConfig):
-    learning_rate: float = flag(1e-3, "peak learning rate", group="optimisation")
-    weight_decay: float = flag(0.005, "decoupled weight decay of convolutions", group="optimisation")
-
-    num_codes: int = flag(256, "size of the codebook")
-    latent_channels: int = flag(16, "channels of the latents and of each code")
-    base_channels: int = flag(32, "width at full resolution")
-    channel_multipliers: tuple[int, ...] = flag((1, 2, 2), "width of each level; all but the last halve the size")
-    layers_per_block: int = flag(2, "residual blocks per level")
-    norm_num_groups: int = flag(8, "groups of the group normalisations; divides every width")
-    patch_nums: tuple[int, ...] = flag((1, 2, 3, 5, 8), "side of each scale; last = resolution / downsampling")
-    num_residual_convs: int = flag(4, "convolutions shared by the scales; 0 gives each scale its own")
-    dropout: float = flag(0.0, "dropout in the residual blocks")
-    restart_after: int = flag(0, "revive codes unused for N steps; 0 never")
-    quantizer_dropout: float = flag(0.0, "share of images decoded from a random number of scales")
-
-    l1_weight: float = flag(0.2, "weight of mean |x - x'|")
-    l2_weight: float = flag(1.0, "weight of mean (x - x')^2")
-    codebook_weight: float = flag(1.0, "weight of the quantizer's loss")
-    commitment_weight: float = flag(0.25, "weight of the encoder's term inside the quantizer's loss")
-    perceptual_weight: float = flag(0.0, "weight of LPIPS; 0 switches it off")
-    perceptual_source: str | None = flag(
-        None, "folder or Hub id with the LPIPS weights; needed if its weight is not 0"
-    )
-    adversarial_weight: float = flag(0.0, "weight of the PatchGAN loss; 0 trains no discriminator")
-    discriminator_start: int = flag(0, "first step with the adversarial loss")
-    discriminator_layers: int = flag(2, "stride-2 layers of the discriminator")
-    discriminator_channels: int = flag(64, "width of its first layer")
-    discriminator_learning_rate: float | None = flag(None, "its peak learning rate; by default the same")
+from hfgen.training.multiscale_vqvae import MultiScaleVQVAETrainingConfig as Config
 
 
 class MultiScaleVQVAETask(Task):

@@ -18,6 +18,7 @@ from hfgen.data.sources import load_images
 from hfgen.data.text import make_tokenizer, read_captions, train_sentencepiece
 from hfgen.training import REQUIRED, flag, script
 from hfgen.training.checkpoints import write_folder
+from hfgen.training.config import check_least
 
 logger = logging.getLogger("train_text_tokenizer")
 
@@ -37,14 +38,17 @@ class Config:
     dataset_revision: str | None = flag(None, "branch, tag or commit of a Hub data set", group="data")
     split: str = flag("train", "split or sub-folder", group="data")
     caption_column: str | None = flag(None, "column with the text; by default 'caption' or 'text'", group="data")
-    max_captions: int = flag(1_000_000, "learn from the first N captions", group="data")
+    max_captions: int = flag(1_000_000, "learn from the first N captions", group="data", least=1)
 
-    vocab_size: int = flag(128, "number of tokens, with <pad>, <s>, </s> and <unk>")
+    vocab_size: int = flag(128, "number of tokens, with <pad>, <s>, </s> and <unk>", least=5)
     model_type: Literal["unigram", "bpe"] = flag("bpe", "unigram language model or byte-pair encoding")
     character_coverage: float = flag(
         1.0, "share of characters with a token; 0.9995 for languages with many, such as Chinese"
     )
-    max_length: int = flag(77, "tokens that truncation keeps and padding fills, with <s> and </s>")
+    max_length: int = flag(77, "tokens that truncation keeps and padding fills, with <s> and </s>", least=3)
+
+    def __post_init__(self) -> None:
+        check_least(self)
 
 
 @script(Config, __doc__)

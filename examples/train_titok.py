@@ -30,7 +30,7 @@ from hfgen.training import (
     Validation,
     batch_codes,
     frozen,
-    loading_flag,
+    load_model,
     script,
     training_images,
     unwrap,
@@ -48,12 +48,10 @@ class TiTokTask(Task):
         self.frozen, self.vqgan, self.perceptual = (), None, None
         self.quantizer_weight = config.kl_weight if config.bottleneck == "kl" else config.quantizer_weight
         if config.stage != "single":
-            with loading_flag("vqgan", config.vqgan):
-                self.vqgan = MaskGITVQGAN.from_pretrained(config.vqgan)
+            self.vqgan = load_model("vqgan", config.vqgan, MaskGITVQGAN)
             self.frozen = (self.vqgan,)
         if config.stage == "2":
-            with loading_flag("stage1", config.stage1):
-                model = TiTok.from_pretrained(config.stage1).with_pixel_decoder(self.vqgan)
+            model = load_model("stage1", config.stage1, TiTok).with_pixel_decoder(self.vqgan)
             self.frozen, self.quantizer_weight = (model.encoder, model.quantizer), 0.0
         else:
             model = new_model(config, self.vqgan)

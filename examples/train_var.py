@@ -23,7 +23,7 @@ from hfgen.training import (
     Trainer,
     batch_codes,
     flag,
-    loading_flag,
+    load_model,
     script,
     training_tokens,
 )
@@ -38,9 +38,9 @@ class Config(TokenTrainingConfig):
     weight_decay: float = flag(0.05, "decoupled weight decay of matrices", group="optimisation")
     max_grad_norm: float = flag(2.0, "gradients are scaled down to this norm; 0: no clipping", group="optimisation")
 
-    num_layers: int = flag(4, "transformer blocks")
-    num_attention_heads: int = flag(4, "attention heads")
-    attention_head_dim: int = flag(32, "width of a head; the model's width is heads x this")
+    num_layers: int = flag(4, "transformer blocks", least=1)
+    num_attention_heads: int = flag(4, "attention heads", least=1)
+    attention_head_dim: int = flag(32, "width of a head; the model's width is heads x this", least=1)
     shared_modulation: bool = flag(False, "one modulation layer for all blocks (the 512-pixel model)")
     drop_path: float = flag(0.0, "stochastic depth of the last block")
     gate_gain: float = flag(1e-3, "initial size of the residual gates")
@@ -116,8 +116,7 @@ class VARTask(Task):
 @script(Config, __doc__)
 def main(config: Config) -> None:
     trainer = Trainer(config)
-    with loading_flag("tokenizer", config.tokenizer):
-        tokenizer = MultiScaleVQVAE.from_pretrained(config.tokenizer)
+    tokenizer = load_model("tokenizer", config.tokenizer, MultiScaleVQVAE)
     data = training_tokens(config, tokenizer, trainer)
     trainer.fit(VARTask(config, tokenizer, data.num_classes, data.class_names), data)
 

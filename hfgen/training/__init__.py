@@ -2,7 +2,7 @@
 
 from hfgen.training.batches import Draws, training_images, validation_images
 from hfgen.training.config import REQUIRED, TrainingConfig, flag, parse_config
-from hfgen.training.flag_sources import loading_flag
+from hfgen.training.flag_sources import load_model, loading_flag
 from hfgen.training.script import script
 from hfgen.training.task import Phase, Task, Validation, frozen, unwrap
 from hfgen.training.token_encoding import batch_codes, batch_latents
@@ -24,6 +24,7 @@ __all__ = [
     "build_cache",
     "flag",
     "frozen",
+    "load_model",
     "loading_flag",
     "parse_config",
     "script",

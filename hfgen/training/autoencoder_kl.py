@@ -23,10 +23,10 @@ class AutoencoderKLTrainingConfig(TrainingConfig):
     learning_rate: float = flag(1e-3, "peak learning rate", group="optimisation")
     weight_decay: float = flag(0.0, "decoupled weight decay of convolutions", group="optimisation")
 
-    latent_channels: int = flag(4, "channels of the latents")
-    channels: tuple[int, ...] = flag((16, 32, 32), "channels of each level; every next one halves the sides")
-    layers_per_block: int = flag(1, "residual blocks of a level of the encoder; the decoder has one more")
-    norm_num_groups: int = flag(8, "groups of the group normalisations; divides all channels")
+    latent_channels: int = flag(4, "channels of the latents", least=1)
+    channels: tuple[int, ...] = flag((16, 32, 32), "channels of each level; every next one halves the sides", least=1)
+    layers_per_block: int = flag(1, "residual blocks of a level of the encoder; the decoder has one more", least=1)
+    norm_num_groups: int = flag(8, "groups of the group normalisations; divides all channels", least=1)
     mid_attention: bool = flag(True, "attention between the pixels of the last level")
 
     reconstruction: Literal["l1", "l2"] = flag("l1", "absolute or squared error of the pixels")
@@ -37,11 +37,13 @@ class AutoencoderKLTrainingConfig(TrainingConfig):
     )
     adversarial_weight: float = flag(0.0, "weight of the PatchGAN loss; 0 trains no discriminator")
     discriminator_start: int = flag(0, "first step with the adversarial loss")
-    discriminator_layers: int = flag(2, "stride-2 layers of the discriminator")
-    discriminator_channels: int = flag(64, "width of its first layer")
+    discriminator_layers: int = flag(2, "stride-2 layers of the discriminator", least=1)
+    discriminator_channels: int = flag(64, "width of its first layer", least=1)
     discriminator_learning_rate: float | None = flag(None, "its peak learning rate; by default the same")
 
-    num_scaling_images: int = flag(1024, "validation images that the scale of the latents is measured on at the end")
+    num_scaling_images: int = flag(
+        1024, "validation images that the scale of the latents is measured on at the end", least=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,9 +57,6 @@ class AutoencoderKLTrainingConfig(TrainingConfig):
             raise ValueError(f"--resolution {self.resolution} cannot be halved {len(self.channels) - 1} times.")
         if self.perceptual_weight > 0 and self.perceptual_source is None:
             raise ValueError("--perceptual_weight needs --perceptual_source: where the LPIPS weights are.")
-        for name in ("latent_channels", "layers_per_block", "num_scaling_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
 
 
 class PosteriorAutoencoderKL(AutoencoderKL):

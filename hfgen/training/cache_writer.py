@@ -35,12 +35,14 @@ from hfgen.data.cache_format import (
 )
 from hfgen.training.batches import collate
 from hfgen.training.history import write_text
+from hfgen.training.output_folder import check_output_folder
 from hfgen.training.token_encoding import encode_tokens
 
 logger = logging.getLogger(__name__)
 
 _BLOCK_ROWS = 1024
 _BLOCK_BYTES = 2**26
+CHECK_FILE = "cache_check.png"
 _FILES = ("codes.npy", "moments.npy", "latents.npy", "labels.npy", "captions.npy", "caption_ends.npy")
 
 
@@ -86,8 +88,8 @@ def write_cache(
         progress: show a progress bar on the main process.
 
     Raises:
-        ValueError: if the folder holds a cache of another tokenizer or other data, or for tokens that the cache cannot
-            hold.
+        ValueError: if the folder holds a cache of another tokenizer or other data, or something else than a cache, or
+            for tokens that the cache cannot hold.
     """
     if isinstance(dataset, IterableDataset):
         raise ValueError(
@@ -173,9 +175,11 @@ def _new_plan(
 
 def _open_folder(folder: Path, plan: _Plan, overwrite: bool) -> list[Any]:
     """The plan to follow and its blocks that are not done yet; None for the blocks of a complete cache."""
+    unfinished = folder / UNFINISHED_FOLDER
+    marks, parts = (INFO_FILE, f"{UNFINISHED_FOLDER}/{INFO_FILE}"), (UNFINISHED_FOLDER, CHECK_FILE, *_FILES)
+    check_output_folder(folder, "cache", marks=marks, parts=parts)
     if overwrite:
         delete_cache(folder)
-    unfinished = folder / UNFINISHED_FOLDER
     path = next((path for path in (folder / INFO_FILE, unfinished / INFO_FILE) if path.is_file()), None)
     if path is not None:
         differences = _differences(read_info(path), plan.info)

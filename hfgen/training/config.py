@@ -21,9 +21,37 @@ ConfigT = TypeVar("ConfigT", bound="TrainingConfig")
 REQUIRED = dataclasses.MISSING
 
 
-def flag(default: Any, help: str, *, group: str = "method") -> Any:
-    """A dataclass field with its help text; ``REQUIRED`` as default makes it mandatory."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group})
+def flag(default: Any, help: str, *, group: str = "method", least: int | None = None) -> Any:
+    """A dataclass field with its help text.
+
+    Args:
+        default: its value; ``REQUIRED`` makes it mandatory.
+        help: for ``--help``.
+        group: heading in that text.
+        least: smallest value, or smallest element, that :func:`check_least` accepts.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "least": least})
+
+
+def check_least(config: Any) -> None:
+    """Compare the values of a dataclass with the ``least`` of their flags, also where a subclass has a new default.
+
+    Raises:
+        ValueError: for the first one that is smaller, is not a number or is an empty list.
+    """
+    bounds: dict[str, int] = {}
+    for base in type(config).__mro__:  # from the class to its bases: the nearest bound counts
+        for field in getattr(base, "__dataclass_fields__", {}).values():
+            if field.metadata.get("least") is not None:
+                bounds.setdefault(field.name, field.metadata["least"])
+    for name, least in bounds.items():
+        value = getattr(config, name)
+        parts = value if isinstance(value, tuple) else () if value is None else (value,)
+        if not all(part >= least for part in parts) or value == ():
+            shown = ",".join(map(str, value)) or "empty" if isinstance(value, tuple) else value
+            what = "each of its numbers" if isinstance(value, tuple) else "it"
+            bound = "not be negative" if least == 0 else f"be at least {least}"
+            raise ValueError(f"--{name} is {shown}; {what} must {bound}.")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -41,7 +69,7 @@ class TrainingConfig:
     )
     overwrite: bool = flag(False, "delete the run that --output_dir holds and start again", group="run")
     seed: int = flag(0, "every random draw is a function of it", group="run")
-    max_train_steps: int = flag(1000, "number of optimizer steps", group="run")
+    max_train_steps: int = flag(1000, "number of optimizer steps", group="run", least=1)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
         None, "autocast dtype of the forward passes; by default what `accelerate launch` was told", group="run"
     )
@@ -66,7 +94,7 @@ class TrainingConfig:
     )
     dataset_config_name: str | None = flag(None, "configuration of a Hub data set that has several", group="data")
     dataset_revision: str | None = flag(None, "branch, tag or commit of a Hub data set", group="data")
-    resolution: int = flag(32, "side of the square training images in pixels", group="data")
+    resolution: int = flag(32, "side of the square training images in pixels", group="data", least=1)
     crop: Literal["center", "random", "adm"] = flag("center", "which square of an image is used", group="data")
     resize_ratio: float = flag(1.0, "resize the shorter side to this times --resolution before the crop", group="data")
     resample: Literal["lanczos", "bicubic", "box"] = flag("lanczos", "filter of that resize", group="data")
@@ -91,14 +119,15 @@ class TrainingConfig:
         "split or sub-folder with images that are not trained on; 'train' shows training images",
         group="data",
     )
-    num_validation_images: int = flag(64, "images per validation", group="data")
-    num_workers: int = flag(0, "data loading processes per training process", group="data")
+    num_validation_images: int = flag(64, "images per validation", group="data", least=1)
+    num_workers: int = flag(0, "data loading processes per training process", group="data", least=0)
 
-    batch_size: int = flag(32, "images per process and micro-step", group="optimisation")
+    batch_size: int = flag(32, "images per process and micro-step", group="optimisation", least=1)
     gradient_accumulation_steps: int = flag(
         1,
         "micro-steps per optimizer step; the global batch is batch_size x gradient_accumulation_steps x processes",
         group="optimisation",
+        least=1,
     )
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "muon"] = flag(
         "adamw",
@@ -116,7 +145,7 @@ class TrainingConfig:
     lr_schedule: Literal["constant", "cosine", "linear", "lin0"] = flag(
         "constant", "shape after the warm-up; lin0 is VAR's: hold for a twentieth, then linear", group="optimisation"
     )
-    warmup_steps: int = flag(0, "steps of linear warm-up", group="optimisation")
+    warmup_steps: int = flag(0, "steps of linear warm-up", group="optimisation", least=0)
     lr_warmup_start: float = flag(
         0.005, "first learning rate of the warm-up, as a fraction of the peak", group="optimisation"
     )
@@ -133,7 +162,7 @@ class TrainingConfig:
     adam_beta2: float = flag(0.95, "decay of AdamW's second moment", group="optimisation")
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon", group="optimisation")
     max_grad_norm: float = flag(
-        1.0, "gradients are scaled down to this norm; 0 switches clipping off", group="optimisation"
+        1.0, "gradients are scaled down to this norm; 0 switches clipping off", group="optimisation", least=0
     )
     max_skipped_steps: int = flag(
         20, "stop after this many consecutive steps whose loss or gradient is not finite", group="optimisation"
@@ -146,14 +175,16 @@ class TrainingConfig:
     )
 
     checkpointing_steps: int = flag(
-        500, "write a checkpoint every N steps; 0 only when interrupted and at the end", group="output"
+        500, "write a checkpoint every N steps; 0 only when interrupted and at the end", group="output", least=0
     )
     checkpoints_total_limit: int | None = flag(
         2, "keep only the newest N checkpoints; 'none' keeps all", group="output"
     )
-    validation_steps: int = flag(500, "validate every N steps and at the end; 0 only at the end", group="output")
+    validation_steps: int = flag(
+        500, "validate every N steps and at the end; 0 only at the end", group="output", least=0
+    )
     logging_steps: int = flag(
-        10, "write a line of log.jsonl (means since the last line) every N steps", group="output"
+        10, "write a line of log.jsonl (means since the last line) every N steps", group="output", least=1
     )
     final_dtype: Literal["float32", "float16", "bfloat16"] = flag(
         "float32", "dtype of the weights in OUTPUT_DIR/final", group="output"
@@ -186,19 +217,7 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_train_steps",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "resolution",
-            "logging_steps",
-            "num_validation_images",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("warmup_steps", "checkpointing_steps", "validation_steps", "num_workers", "max_grad_norm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must not be negative.")
+        check_least(self)
         if not self.adamw_ratio > 0:
             raise ValueError(f"--adamw_ratio is {self.adamw_ratio}; it must be positive.")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
@@ -312,12 +331,18 @@ def _build_parser(config_class: type[TrainingConfig], description: str | None) -
 def read_config_file(path: str | Path) -> dict[str, Any]:
     """The mapping of flag names to values that a YAML or JSON file holds."""
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"--config {path} is a folder; name a YAML or JSON file with values of flags.")
     if not path.is_file():
         raise ValueError(f"--config {path}: there is no such file.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config {path} is no text; expected a YAML or JSON file with values of flags.") from error
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"--config {path} is not valid YAML: {error}") from error
+        raise ValueError(f"--config {path} is not valid YAML: {_yaml_problem(error)}.") from error
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -327,6 +352,14 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(x, (dict, list)) for x in value)):
             raise ValueError(f"--config {path} has nested values for {name!r}; expected one value or a list of them.")
     return values
+
+
+def _yaml_problem(error: Exception) -> str:
+    """What is wrong and where, in one line; the messages of yaml show the text in several."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if problem is None or mark is None:
+        return " ".join(str(error).split()).rstrip(".")
+    return f"{problem} in line {mark.line + 1}, column {mark.column + 1}"
 
 
 def make_config(config_class: type[ConfigT], values: dict[str, Any], *, source: str) -> ConfigT:

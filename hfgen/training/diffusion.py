@@ -22,15 +22,17 @@ class DiffusionTrainingConfig(LatentTrainingConfig):
 
     model: Literal["unet", "dit"] = flag("unet", "diffusers' UNet2DModel, or DiT")
     class_dropout: float = flag(0.1, "probability of training an image without its class, for guidance")
-    patch_size: int = flag(4, "dit: side of a patch of pixels or latents")
-    num_layers: int = flag(4, "dit: transformer blocks")
-    width: int = flag(128, "dit: width of the model")
-    num_heads: int = flag(4, "dit: attention heads")
-    channels: tuple[int, ...] = flag((16, 32, 64), "unet: channels of each level; every next one halves the sides")
-    layers_per_block: int = flag(1, "unet: residual blocks of a level")
+    patch_size: int = flag(4, "dit: side of a patch of pixels or latents", least=1)
+    num_layers: int = flag(4, "dit: transformer blocks", least=1)
+    width: int = flag(128, "dit: width of the model", least=1)
+    num_heads: int = flag(4, "dit: attention heads", least=1)
+    channels: tuple[int, ...] = flag(
+        (16, 32, 64), "unet: channels of each level; every next one halves the sides", least=1
+    )
+    layers_per_block: int = flag(1, "unet: residual blocks of a level", least=1)
     attention_levels: tuple[int, ...] = flag((2,), "unet: levels with attention, 0 is the finest")
-    attention_head_dim: int = flag(32, "unet: channels of an attention head")
-    norm_num_groups: int = flag(8, "unet: groups of the norms")
+    attention_head_dim: int = flag(32, "unet: channels of an attention head", least=1)
+    norm_num_groups: int = flag(8, "unet: groups of the norms", least=1)
     dropout: float = flag(0.0, "unet: dropout of the residual blocks")
 
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = flag(
@@ -38,7 +40,7 @@ class DiffusionTrainingConfig(LatentTrainingConfig):
     )
     learned_variance: bool = flag(False, "predict a variance too, by the variational bound")
     snr_gamma: float | None = flag(None, "min-SNR weights of the squared errors with this gamma (5 in the paper)")
-    num_train_timesteps: int = flag(1000, "timesteps of the diffusion")
+    num_train_timesteps: int = flag(1000, "timesteps of the diffusion", least=1)
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = flag(
         "linear", "noise schedule: DDPM's, latent diffusion's, or the cosine one"
     )

@@ -19,9 +19,6 @@ from hfgen.training.config import flag
 from hfgen.training.latents import LatentTrainingConfig
 
 _TEXT_FLAGS = ("text_encoder", "text_tokenizer")
-_COUNTS = (
-    "patch_size", "num_layers", "width", "num_heads", "text_width", "text_layers", "text_heads", "num_inference_steps",
-)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -32,10 +29,10 @@ class FlowTrainingConfig(LatentTrainingConfig):
     weight_decay: float = flag(0.0, "decoupled weight decay of matrices", group="optimisation")
 
     model: Literal["dit", "mmdit"] = flag("dit", "DiT with class labels, or SD3's transformer with captions")
-    patch_size: int = flag(4, "side of a patch of pixels or latents")
-    num_layers: int = flag(4, "transformer blocks")
-    width: int = flag(96, "width of the model")
-    num_heads: int = flag(4, "attention heads")
+    patch_size: int = flag(4, "side of a patch of pixels or latents", least=1)
+    num_layers: int = flag(4, "transformer blocks", least=1)
+    width: int = flag(96, "width of the model", least=1)
+    num_heads: int = flag(4, "attention heads", least=1)
     timestep_scale: float = flag(1.0, "dit: its time is 1000 sigma times this; SiT has 0.001")
     reverse_time: bool = flag(False, "dit: its time is 1 for data, as SiT's, and needs --timestep_scale 0.001")
 
@@ -56,22 +53,19 @@ class FlowTrainingConfig(LatentTrainingConfig):
     text_tokenizer: str | None = flag(
         None, "mmdit: folder or Hub id of its tokenizer; by default that of --text_encoder, or learned from the data"
     )
-    vocab_size: int = flag(128, "tokens of a tokenizer that is learned from the captions")
+    vocab_size: int = flag(128, "tokens of a tokenizer that is learned from the captions", least=5)
     text_tokens: int | None = flag(
         None, "tokens of a caption: longer ones are cut, shorter ones padded; by default as the longest, at most 256"
     )
-    text_width: int = flag(64, "width of the text encoder that is trained")
-    text_layers: int = flag(2, "its layers")
-    text_heads: int = flag(4, "its attention heads")
+    text_width: int = flag(64, "width of the text encoder that is trained", least=1)
+    text_layers: int = flag(2, "its layers", least=1)
+    text_heads: int = flag(4, "its attention heads", least=1)
 
-    num_inference_steps: int = flag(25, "Euler steps of the validation samples")
+    num_inference_steps: int = flag(25, "Euler steps of the validation samples", least=1)
     guidance_scale: float = flag(2.0, "their guidance, 1 is off")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
         self.sigmas(1, torch.Generator())  # says what is wrong with the density
         if not 0 <= self.condition_dropout <= 1:
             raise ValueError(f"--condition_dropout is {self.condition_dropout}, a probability from 0 to 1.")

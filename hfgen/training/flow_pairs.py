@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from hfgen.training.token_encoding import tokenizer_identity
 
 _PAIRS_PER_FILE = 256
 _NOISE, _LABEL = 0, 1
+_OF_PAIRS = ("num_workers", "num_validation_images")  # flags of the data that pairs have a use for
 
 
 def pair_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -88,6 +90,23 @@ def first_captions(config: TrainingConfig, count: int) -> list[str]:
             "with captions that is not streamed."
         )
     return [data[0, index]["caption"] for index in range(min(count, len(data)))]
+
+
+def check_data_flags(config: TrainingConfig, pipeline: RectifiedFlowPipeline) -> None:
+    """Refuse flags of a data set for a flow that reads no text, whose pairs need none.
+
+    Raises:
+        ValueError: one of them differs from its default.
+    """
+    if pipeline.network.takes == "prompt":
+        return
+    fields = [field for field in dataclasses.fields(config) if field.metadata["group"] == "data"]
+    given = [field.name for field in fields if getattr(config, field.name) != field.default]
+    given = [name for name in given if name not in _OF_PAIRS]
+    if given:
+        reads = {"class_labels": "takes random classes", None: "takes no condition"}[pipeline.network.takes]
+        flags = ", ".join(f"--{name} {getattr(config, name)}" for name in given)
+        raise ValueError(f"{flags}: this flow {reads} and no data set is read; leave out what describes one.")
 
 
 def make_pairs(

@@ -87,10 +87,19 @@ def sample_shape(config: LatentTrainingConfig, vae: nn.Module | None) -> tuple[i
     """
     if vae is None:
         return 3, config.resolution
+    return vae.config.latent_channels, latent_side(config.resolution, vae)
+
+
+def latent_side(resolution: int, vae: nn.Module) -> int:
+    """Side of the latents of images of ``--resolution``.
+
+    Raises:
+        ValueError: the autoencoder does not divide the images.
+    """
     factor = downsample_factor(vae)
-    if config.resolution % factor:
-        raise ValueError(f"--resolution must be a multiple of the factor of --vae, {factor}; got {config.resolution}.")
-    return vae.config.latent_channels, config.resolution // factor
+    if resolution % factor:
+        raise ValueError(f"--resolution must be a multiple of the factor of --vae, {factor}; got {resolution}.")
+    return resolution // factor
 
 
 def batch_samples(batch: Mapping[str, Any], vae: nn.Module | None, generator: torch.Generator) -> Tensor:

@@ -18,10 +18,10 @@ class MeanFlowTrainingConfig(LatentTrainingConfig):
     learning_rate: float = flag(1e-3, "peak learning rate", group="optimisation")
     weight_decay: float = flag(0.0, "decoupled weight decay of matrices", group="optimisation")
 
-    patch_size: int = flag(4, "side of a patch of pixels or latents")
-    num_layers: int = flag(4, "transformer blocks")
-    width: int = flag(128, "width of the model")
-    num_heads: int = flag(4, "attention heads")
+    patch_size: int = flag(4, "side of a patch of pixels or latents", least=1)
+    num_layers: int = flag(4, "transformer blocks", least=1)
+    width: int = flag(128, "width of the model", least=1)
+    num_heads: int = flag(4, "attention heads", least=1)
     class_dropout: float = flag(0.1, "probability of training an image without its class")
 
     loss: Literal["mean_flow", "trajectory_matching"] = flag("mean_flow", "MeanFlow, or the end of the trajectory")
@@ -34,17 +34,14 @@ class MeanFlowTrainingConfig(LatentTrainingConfig):
     guidance_interval: tuple[float, ...] = flag((0.0, 1.0), "first and last time with guidance; 1 is noise")
     norm_power: float = flag(1.0, "power p of the adaptive weight; 0 is the plain squared error")
     norm_eps: float = flag(0.01, "what is added to the squared error in that weight")
-    trajectory_steps: int = flag(1, "Euler steps of --loss trajectory_matching")
+    trajectory_steps: int = flag(1, "Euler steps of --loss trajectory_matching", least=1)
     pairs: str | None = flag(
         None, "folder of pairs of noise and image to train on, made by examples/reflow.py for the classes of --dataset"
     )
-    num_inference_steps: int = flag(1, "steps of the validation samples")
+    num_inference_steps: int = flag(1, "steps of the validation samples", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("trajectory_steps", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
         for name in ("class_dropout", "equal_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be between 0 and 1.")

@@ -14,6 +14,7 @@ from hfgen.models.quantizers.noisy_latents import NoisyLatentQuantizer
 from hfgen.training.autoencoder_kl import PosteriorAutoencoderKL
 from hfgen.training.config import REQUIRED, TrainingConfig, flag
 from hfgen.training.flag_sources import loading_flag
+from hfgen.training.latents import latent_side
 from hfgen.training.noisy_latents import NoisyLatentFlags
 
 
@@ -30,6 +31,7 @@ class NoiseRobustTrainingConfig(NoisyLatentFlags, TrainingConfig):
     codebook_size: int | None = flag(
         None, "learn so many codes of the noisy latents, and decode these; by default latents are not quantised",
         group="codes",
+        least=1,
     )  # fmt: skip
     curve_sigmas: tuple[float, ...] = flag(
         (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0), "noise at which validation decodes, before and after"
@@ -42,15 +44,13 @@ class NoiseRobustTrainingConfig(NoisyLatentFlags, TrainingConfig):
     )
     adversarial_weight: float = flag(0.0, "weight of the PatchGAN loss; 0 trains no discriminator")
     discriminator_start: int = flag(0, "first step with the adversarial loss")
-    discriminator_layers: int = flag(2, "stride-2 layers of the discriminator")
-    discriminator_channels: int = flag(64, "width of its first layer")
+    discriminator_layers: int = flag(2, "stride-2 layers of the discriminator", least=1)
+    discriminator_channels: int = flag(64, "width of its first layer", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.perceptual_weight > 0 and self.perceptual_source is None:
             raise ValueError("--perceptual_weight needs --perceptual_source: where the LPIPS weights are.")
-        if self.codebook_size is not None and self.codebook_size < 1:
-            raise ValueError(f"--codebook_size is {self.codebook_size}; it must be at least 1.")
         if self.codebook_size is not None and self.quantizer is not None:
             raise ValueError("--quantizer names trained codes and --codebook_size learns some; give only one of them.")
         highest = 1.0 if self.noise_type == "variance_preserving" else float("inf")
@@ -92,7 +92,7 @@ def load_decoder(config: NoiseRobustTrainingConfig) -> DecodingAutoencoderKL:
     """The autoencoder that ``--vae`` names.
 
     Raises:
-        ValueError: it is no ``AutoencoderKL``.
+        ValueError: it is no ``AutoencoderKL``, or does not divide the images.
     """
     location = {"subfolder": config.vae_subfolder}
     with loading_flag("vae", config.vae):
@@ -100,4 +100,6 @@ def load_decoder(config: NoiseRobustTrainingConfig) -> DecodingAutoencoderKL:
     if class_name != "AutoencoderKL":
         raise ValueError(f"--vae {config.vae} is a {class_name}; expected diffusers' AutoencoderKL.")
     with loading_flag("vae", config.vae):
-        return DecodingAutoencoderKL.from_pretrained(config.vae, use_safetensors=True, **location)
+        vae = DecodingAutoencoderKL.from_pretrained(config.vae, use_safetensors=True, **location)
+    latent_side(config.resolution, vae)
+    return vae

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hfgen.models.modeling import QuantizerOutput
 from hfgen.models.quantizers.noisy_latents import NoisyLatentQuantizer
 from hfgen.training.config import flag
-from hfgen.training.flag_sources import loading_flag
+from hfgen.training.flag_sources import load_model
 
 RESTART_AFTER = 20  # steps without a latent after which a code moves to one
 
@@ -54,8 +54,7 @@ def load_quantizer(config: NoisyLatentFlags, latent_channels: int) -> NoisyLaten
     Raises:
         ValueError: it is for other latents.
     """
-    with loading_flag("quantizer", config.quantizer):
-        quantizer = NoisyLatentQuantizer.from_pretrained(config.quantizer)
+    quantizer = load_model("quantizer", config.quantizer, NoisyLatentQuantizer)
     if quantizer.config.latent_channels != latent_channels:
         raise ValueError(
             f"--quantizer {config.quantizer} is for latents of {quantizer.config.latent_channels} channels, but those "

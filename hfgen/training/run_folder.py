@@ -8,10 +8,13 @@ import logging
 import shutil
 from pathlib import Path
 
-from hfgen.training.checkpoints import list_checkpoints, resolve_checkpoint, restore_replaced
+from hfgen.data.flow_pairs import INFO_FILE as PAIRS_FILE
+from hfgen.training.checkpoints import STATE_FILE, list_checkpoints, resolve_checkpoint, restore_replaced
 from hfgen.training.config import TrainingConfig
 from hfgen.training.guard import BAD_BATCH_FILE
 from hfgen.training.history import CURVE_FILE, LOG_FILE, write_text
+from hfgen.training.output_folder import check_output_folder
+from hfgen.training.streams import STREAM_FILE
 from hfgen.training.trackers import TRACKERS_FOLDER
 
 logger = logging.getLogger(__name__)
@@ -19,6 +22,24 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "training_config.json"
 FINAL_FOLDER = "final"
 VALIDATION_FOLDER = "validation"
+
+
+# What a run may leave before it has a log: the tokens and pairs of a first start are worth keeping.
+_PARTS = (
+    CONFIG_FILE, CURVE_FILE, BAD_BATCH_FILE, LOG_FILE, STREAM_FILE, VALIDATION_FOLDER, TRACKERS_FOLDER, FINAL_FOLDER,
+    "cache", "pairs", "checkpoint-*",
+)  # fmt: skip
+
+
+def check_run_folder(folder: Path) -> None:
+    """Refuse to begin or continue a run in a folder that holds something else.
+
+    Raises:
+        ValueError: ``folder`` is a file, or neither empty nor that of a run.
+    """
+    marks = [LOG_FILE, *(f"{path.name}/{STATE_FILE}" for _, path in list_checkpoints(folder))]
+    pairs = [path.parent.name for path in folder.glob(f"*/{PAIRS_FILE}")]  # --pairs may give them another name
+    check_output_folder(folder, "run", marks=marks, parts=[*_PARTS, *pairs])
 
 
 def open_run(config: TrainingConfig) -> Path | None:

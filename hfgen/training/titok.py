@@ -38,16 +38,16 @@ class TiTokTrainingConfig(TrainingConfig):
     vqgan: str | None = flag(None, "stages 1 and 2: folder or Hub id of the VQGAN of the proxy codes")
     stage1: str | None = flag(None, "stage 2: folder or Hub id of the result of stage 1, which has the sizes below")
     bottleneck: Literal["vq", "kl"] = flag("vq", "codes, or in a single stage continuous latents")
-    num_latent_tokens: int = flag(16, "tokens of an image")
-    latent_channels: int = flag(4, "channels of a token")
-    num_codes: int = flag(512, "size of the codebook")
+    num_latent_tokens: int = flag(16, "tokens of an image", least=1)
+    latent_channels: int = flag(4, "channels of a token", least=1)
+    num_codes: int = flag(512, "size of the codebook", least=1)
     normalize_codes: bool = flag(True, "compare codes as unit vectors; the published single-stage models do not")
     codebook_update: Literal["gradient", "clustering"] = flag(
         "clustering", "clustering also moves codes hardly used; gradient does not"
     )
-    patch_size: int = flag(4, "side of a patch; in stage 1 as many pixels as the VQGAN has for a code")
-    encoder: tuple[int, ...] = flag((64, 4, 4), "width, layers and attention heads of the encoder")
-    decoder: tuple[int, ...] = flag((128, 4, 4), "width, layers and attention heads of the decoder")
+    patch_size: int = flag(4, "side of a patch; in stage 1 as many pixels as the VQGAN has for a code", least=1)
+    encoder: tuple[int, ...] = flag((64, 4, 4), "width, layers and attention heads of the encoder", least=1)
+    decoder: tuple[int, ...] = flag((128, 4, 4), "width, layers and attention heads of the decoder", least=1)
     commitment_weight: float = flag(0.25, "weight of the encoder's term inside the quantizer's loss")
     quantizer_weight: float = flag(0.1, "weight of the quantizer's loss; stage 2 has none")
     kl_weight: float = flag(1e-6, "weight of the divergence of an image, a sum over tokens and channels")
@@ -58,12 +58,19 @@ class TiTokTrainingConfig(TrainingConfig):
     convnext_weight: float = flag(0.1, "share of the ConvNeXt distance")
     adversarial_weight: float = flag(0.0, "weight of the PatchGAN loss; 0 trains no discriminator")
     discriminator_start: int = flag(0, "first step with the adversarial loss")
-    discriminator_layers: int = flag(1, "halvings of the discriminator before 16x16 logits")
-    discriminator_channels: int = flag(64, "width of its first layer")
+    discriminator_layers: int = flag(1, "halvings of the discriminator before 16x16 logits", least=0)
+    discriminator_channels: int = flag(64, "width of its first layer", least=1)
     lecam_weight: float = flag(0.001, "weight of LeCam in its loss")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("encoder", "decoder"):
+            sizes = getattr(self, name)
+            if len(sizes) != 3:
+                raise ValueError(
+                    f"--{name} is {','.join(map(str, sizes))}; expected three numbers, width, layers and attention "
+                    "heads, such as 64,4,4."
+                )
         two_stage = self.stage != "single"
         if two_stage and (self.vqgan is None or (self.stage == "2" and self.stage1 is None)):
             raise ValueError("--stage 1 needs --vqgan; --stage 2 needs --vqgan and --stage1, the result of stage 1.")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hfgen import AutoModel
 from hfgen.data.cache_format import TokenizerIdentity
 from hfgen.data.transforms import to_pixels
+from hfgen.training.flag_sources import loading_flag
 
 
 def load_image_tokenizer(source: str, subfolder: str | None = None) -> nn.Module:
@@ -24,11 +25,39 @@ def load_image_tokenizer(source: str, subfolder: str | None = None) -> nn.Module
     Args:
         source: folder or Hub id.
         subfolder: of the model inside of a pipeline.
+
+    Raises:
+        OSError: there is no model.
+        ValueError: it is no tokenizer of images.
     """
     class_name = AutoencoderKL.load_config(source, subfolder=subfolder).get("_class_name")
     if class_name == "AutoencoderKL":
         return AutoencoderKL.from_pretrained(source, subfolder=subfolder, use_safetensors=True)
-    return AutoModel.from_pretrained(source, subfolder=subfolder)
+    model = AutoModel.from_pretrained(source, subfolder=subfolder)
+    if not (hasattr(model, "encode") and hasattr(model, "image_size")):
+        where = source if subfolder is None else str(Path(source) / subfolder)
+        raise ValueError(
+            f"{where} is a {class_name}, which does not encode images; give an image tokenizer, in pipelines the part "
+            "vq_model or vae."
+        )
+    return model
+
+
+def load_code_tokenizer(source: str, subfolder: str | None = None) -> nn.Module:
+    """The tokenizer with codes that ``--tokenizer`` names; arguments as of :func:`load_image_tokenizer`.
+
+    Raises:
+        OSError: there is no model.
+        ValueError: it is no tokenizer of images, or a continuous one.
+    """
+    with loading_flag("tokenizer", source):
+        tokenizer = load_image_tokenizer(source, subfolder)
+    if getattr(tokenizer, "codebook_size", None) is None:
+        raise ValueError(
+            f"--tokenizer {source} is a continuous {type(tokenizer).__name__}, which has no codebook: use "
+            "cache_latents.py for its latents, or give a tokenizer with codes, such as a TiTok or a MaskGITVQGAN."
+        )
+    return tokenizer
 
 
 @torch.no_grad()

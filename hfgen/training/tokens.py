@@ -21,8 +21,8 @@ from hfgen.data.cache_hub import open_cache, push_cache
 from hfgen.data.token_cache import TokenCache
 from hfgen.images import make_grid, save_png
 from hfgen.training.batches import training_images
-from hfgen.training.cache_writer import write_cache
-from hfgen.training.config import REQUIRED, TrainingConfig, flag, make_config
+from hfgen.training.cache_writer import CHECK_FILE, write_cache
+from hfgen.training.config import REQUIRED, TrainingConfig, check_least, flag, make_config
 from hfgen.training.run_folder import VALIDATION_FOLDER
 from hfgen.training.token_encoding import decode_tokens, portable_name, tokenizer_identity
 from hfgen.training.trainer import Trainer
@@ -30,12 +30,12 @@ from hfgen.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 CACHE_FOLDER = "cache"
-CHECK_FILE = "cache_check.png"
 
 _VALIDATION_FLAGS = ("validation_split", "num_validation_images")
 # Flags of the data that do not decide about the pixels of a row.
 _NOT_PREPROCESSING = (*_VALIDATION_FLAGS, "num_workers", "strict", "num_classes", "shuffle_buffer")
 _DATA_FIELDS = {field.name: field for field in dataclasses.fields(TrainingConfig) if field.metadata["group"] == "data"}
+_STREAM_FLAGS = ("num_classes", "shuffle_buffer")  # a cache needs a fixed number of rows
 _PREPROCESSING = [name for name in _DATA_FIELDS if name not in _NOT_PREPROCESSING]
 
 
@@ -63,7 +63,7 @@ def _data_flags() -> list[tuple[str, Any, dataclasses.Field]]:
     return [
         (name, hints[name], dataclasses.field(default=field.default, metadata=field.metadata))
         for name, field in _DATA_FIELDS.items()
-        if name not in _VALIDATION_FLAGS
+        if name not in (*_VALIDATION_FLAGS, *_STREAM_FLAGS)
     ]
 
 
@@ -74,25 +74,29 @@ _DataFlags = dataclasses.make_dataclass("_DataFlags", _data_flags(), kw_only=Tru
 class CacheConfig(_DataFlags):
     """The settings of the scripts that write caches: where to, of what, and the data flags of a training run."""
 
+    dataset: str = flag(
+        "shapes", "'shapes' (built in), a folder of images, or the Hub id of an image data set; no tar files",
+        group="data",
+    )  # fmt: skip
     tokenizer: str = flag(REQUIRED, "folder or Hub id of the tokenizer", group="cache")
     subfolder: str | None = flag(None, "its folder inside of a pipeline, for example vae or vq_model", group="cache")
     output_dir: str = flag(REQUIRED, "folder of the cache; an unfinished one is continued", group="cache")
     overwrite: bool = flag(False, "delete the cache that --output_dir holds and begin anew", group="cache")
     variants: int = flag(
-        1, "augmented versions of each image to keep, those of the first epochs of a run with images", group="cache"
-    )
-    batch_size: int = flag(32, "images per process and encoding step", group="cache")
+        1, "augmented versions of each image to keep, those of the first epochs of a run with images", group="cache",
+        least=1,
+    )  # fmt: skip
+    batch_size: int = flag(32, "images per process and encoding step", group="cache", least=1)
     progress: bool = flag(True, "show a progress bar", group="cache")
     push_to: str | None = flag(None, "then publish the cache as the data set USER/NAME on the Hub", group="cache")
     private: bool = flag(False, "make that data set a private one", group="cache")
     seed: int = flag(0, "of the random crops and flips, and of the built-in shapes", group="data")
 
+    # What training_images asks for.
+    num_classes, shuffle_buffer = None, 1000
+
     def __post_init__(self) -> None:
-        for name in ("variants", "batch_size", "resolution"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.num_workers < 0:
-            raise ValueError(f"--num_workers is {self.num_workers}; it must not be negative.")
+        check_least(self)
         _check_variants(self, self.variants, "--variants")
 
 
@@ -121,13 +125,15 @@ def training_tokens(config: TokenTrainingConfig, tokenizer: nn.Module, trainer: 
     the record of the run tells the truth. The seed of a run may differ from that of its cache.
 
     Raises:
-        ValueError: if the cache was made by another tokenizer or from other data than the flags ask for.
+        ValueError: if the cache was made by another tokenizer or from other data than the flags ask for, or if the
+            images do not have the size that the codes are for.
     """
     if config.cache is not None and config.cache_codes:
         raise ValueError("--cache takes a cache that exists and --cache_codes writes one; give only one of them.")
     accelerator = trainer.accelerator
     if config.cache_codes:
         _check_variants(config, config.cache_variants, "--cache_variants", "--cache_codes")
+        _check_resolution(config, tokenizer)
         folder = trainer.output_dir / CACHE_FOLDER
         _write(training_images(config), config, tokenizer, folder, accelerator, config.cache_variants)
         cache = TokenCache(folder)
@@ -141,8 +147,10 @@ def training_tokens(config: TokenTrainingConfig, tokenizer: nn.Module, trainer: 
                 f"The cache {config.cache} does not fit this run: {'; '.join(differences)}. Give the tokenizer "
                 f"and the data flags that it was made with, or make one that fits: {REBUILD}."
             )
+        _check_resolution(config, tokenizer)
         logger.info("Training on %d rows of %s.", len(cache), config.cache)
     else:
+        _check_resolution(config, tokenizer)
         return training_images(config)
     tokenizer.to(accelerator.device).eval()
     if accelerator.is_main_process:
@@ -195,6 +203,16 @@ def _check_variants(config: Any, variants: int, variants_flag: str, prefix: str 
         raise ValueError(
             f"{prefix or 'A cache'} keeps one version of each image: drop --flip and use --crop center, or keep more "
             f"versions, for example {variants_flag} 10."
+        )
+
+
+def _check_resolution(config: TokenTrainingConfig, tokenizer: nn.Module) -> None:
+    """A generator of codes has as many positions as the images have that the tokenizer is meant for."""
+    if getattr(tokenizer, "codebook_size", None) is not None and config.resolution != tokenizer.image_size:
+        name, size = type(tokenizer).__name__, tokenizer.image_size
+        raise ValueError(
+            f"--resolution is {config.resolution}, but the {name} {config.tokenizer} is for images of {size}: give "
+            f"--resolution {size}, or another tokenizer."
         )
 
 

@@ -35,7 +35,7 @@ from hfgen.training.precision import (
     resolve_mixed_precision,
 )
 from hfgen.training.publishing import make_publisher, write_result
-from hfgen.training.run_folder import FINAL_FOLDER, VALIDATION_FOLDER, open_run
+from hfgen.training.run_folder import FINAL_FOLDER, VALIDATION_FOLDER, check_run_folder, open_run
 from hfgen.training.sharding import make_placement
 from hfgen.training.streams import StreamSampler
 from hfgen.training.task import Task
@@ -54,6 +54,9 @@ class Trainer:
     Every draw and every hyper-parameter is a function of counters (seed, epoch, index, step, block). A checkpoint thus
     needs no generator or loader state, and a run that stops and resumes equals one that did not stop, bit by bit on
     one process.
+
+    Raises:
+        ValueError: settings that do not fit, or an ``output_dir`` that holds something else than a run.
     """
 
     def __init__(self, config: TrainingConfig) -> None:
@@ -73,6 +76,8 @@ class Trainer:
         self.mixed_precision = resolve_mixed_precision(config.mixed_precision, self.device)
         self.placement = make_placement(config, self.accelerator, self.mixed_precision)
         self.output_dir = Path(config.output_dir)
+        if self.accelerator.is_main_process:
+            check_run_folder(self.output_dir)  # before a script writes tokens or pairs into it
         self.publisher = make_publisher(config, self.accelerator)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.mixed_precision == "fp16")
         torch.manual_seed(counter_seed(config.seed))

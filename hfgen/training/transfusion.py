@@ -11,9 +11,6 @@ from hfgen.training.latents import LatentTrainingConfig
 from hfgen.training.noisy_latents import NoisyLatentFlags
 from hfgen.training.transfusion_noise import NUM_TIMESTEPS, DiffusionNoise, FlowNoise, Noising
 
-_COUNTS = (
-    "patch_size", "num_layers", "width", "num_heads", "num_inference_steps", "codebook_size", "codebook_steps",
-)  # fmt: skip
 _SHARES = ("caption_first_share", "caption_dropout", "text_only_share")
 
 
@@ -47,13 +44,13 @@ class TransfusionTrainingConfig(NoisyLatentFlags, LatentTrainingConfig):
         "patches of noisy latents, which are denoised (the paper), or codes of the noisy latents of --vae, which are "
         "predicted like words; --vae may then also be a discrete tokenizer, whose own codes are taken",
     )
-    num_layers: int = flag(6, "transformer blocks", group="model")
-    width: int = flag(128, "width of the model", group="model")
-    num_heads: int = flag(4, "attention heads", group="model")
+    num_layers: int = flag(6, "transformer blocks", group="model", least=1)
+    width: int = flag(128, "width of the model", group="model", least=1)
+    num_heads: int = flag(4, "attention heads", group="model", least=1)
     mlp_width: int | None = flag(
-        None, "width inside the MLPs; by default 8/3 of the width, in steps of 32", group="model"
+        None, "width inside the MLPs; by default 8/3 of the width, in steps of 32", group="model", least=1
     )
-    context_length: int = flag(512, "longest sequence that the model takes", group="model")
+    context_length: int = flag(512, "longest sequence that the model takes", group="model", least=1)
     llama: str | None = flag(
         None,
         "folder or Hub id of a Llama checkpoint to start from, which then decides about these sizes; it wants a "
@@ -61,12 +58,15 @@ class TransfusionTrainingConfig(NoisyLatentFlags, LatentTrainingConfig):
         group="model",
     )  # fmt: skip
 
-    patch_size: int = flag(4, "continuous: side of a patch of pixels or latents", group="images")
+    patch_size: int = flag(4, "continuous: side of a patch of pixels or latents", group="images", least=1)
     image_adapter: Literal["linear", "unet"] = flag(
         "linear", "continuous: patches through a linear layer, or through the blocks of a U-Net", group="images"
     )
     adapter_channels: tuple[int, ...] = flag(
-        (32, 64, 128), "unet: channels of its levels; every next one halves the sides, down to a patch", group="images"
+        (32, 64, 128),
+        "unet: channels of its levels; every next one halves the sides, down to a patch",
+        group="images",
+        least=1,
     )
     causal_images: bool = flag(False, "continuous: patches see only those before them (an ablation)", group="images")
     prediction_type: Literal["flow", "epsilon", "v_prediction"] = flag(
@@ -78,9 +78,9 @@ class TransfusionTrainingConfig(NoisyLatentFlags, LatentTrainingConfig):
         500, "continuous: images that precede their caption are noised less than this of 1000", group="images"
     )
 
-    codebook_size: int = flag(256, "discrete: number of codes that are learned", group="codes")
+    codebook_size: int = flag(256, "discrete: number of codes that are learned", group="codes", least=1)
     codebook_steps: int = flag(
-        500, "discrete: the codes are learned in so many first steps, then fixed", group="codes"
+        500, "discrete: the codes are learned in so many first steps, then fixed", group="codes", least=1
     )
 
     caption_first_share: float = flag(0.8, "share of the captions that precede their image", group="text")
@@ -93,16 +93,18 @@ class TransfusionTrainingConfig(NoisyLatentFlags, LatentTrainingConfig):
         group="text",
     )
     text_column: str = flag("text", "its column", group="text")
-    text_batch_size: int | None = flag(None, "its texts in a micro-batch; by default --batch_size", group="text")
+    text_batch_size: int | None = flag(
+        None, "its texts in a micro-batch; by default --batch_size", group="text", least=1
+    )
     text_tokenizer: str | None = flag(
         None,
         "folder or Hub id of a tokenizer; by default that of --llama, or one that sentencepiece learns from the "
         "captions",
         group="text",
     )
-    vocab_size: int = flag(128, "tokens of a tokenizer that is learned", group="text")
+    vocab_size: int = flag(128, "tokens of a tokenizer that is learned", group="text", least=5)
     text_tokens: int | None = flag(
-        None, "tokens of a caption, longer ones are cut; by default as the longest, at most 256", group="text"
+        None, "tokens of a caption, longer ones are cut; by default as the longest, at most 256", group="text", least=1
     )
     row_length: int | None = flag(
         None,
@@ -111,14 +113,11 @@ class TransfusionTrainingConfig(NoisyLatentFlags, LatentTrainingConfig):
     )
 
     sampler: Literal["ddim", "ddpm"] = flag("ddim", "epsilon, v_prediction: sampling rule of the result")
-    num_inference_steps: int = flag(25, "continuous: its steps, and those of a flow's validation samples")
+    num_inference_steps: int = flag(25, "continuous: its steps, and those of a flow's validation samples", least=1)
     guidance_scale: float = flag(3.0, "guidance of the validation samples, 1 is off")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be between 0 and 1.")
@@ -140,10 +139,6 @@ class TransfusionTrainingConfig(NoisyLatentFlags, LatentTrainingConfig):
                 f"--width {self.width} must be a multiple of twice --num_heads {self.num_heads}: rotary positions "
                 "turn pairs of channels."
             )
-        if self.text_tokens is not None and self.text_tokens < 1:
-            raise ValueError(f"--text_tokens is {self.text_tokens}; it must be at least 1.")
-        if self.text_batch_size is not None and self.text_batch_size < 1:
-            raise ValueError(f"--text_batch_size is {self.text_batch_size}; it must be at least 1.")
         if (self.text_dataset is not None or self.text_batch_size is not None) and self.text_only_share == 0:
             raise ValueError("--text_dataset and --text_batch_size need --text_only_share: how often they are used.")
         if self.text_batch_size is not None and self.text_dataset is None:

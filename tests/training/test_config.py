@@ -55,14 +55,21 @@ def test_lists_switches_and_none(base):
         ("lr_schedule: cosin", "--lr_schedule is 'cosin'; choose one of constant, cosine"),
         ("sides: 3", "--sides is 3; expected a comma-separated list"),
         ("- 1", "must map flag names to values"),
-        ("a: [", "is not valid YAML"),
+        ("a: [", "is not valid YAML: .* in line 2, column 1"),
+        ("# Title\n\nSome *text*: and `more`: here.", "is not valid YAML: .* in line 3"),
+        ("Some text.", "must map flag names to values"),
+        (b"\x89PNG\xff\x00", "is no text; expected a YAML or JSON file"),
+        (None, "is a folder; name a YAML or JSON file"),
     ],
 )
 def test_errors_of_a_file_name_the_key(tmp_path, base, capsys, line, message):
     file = tmp_path / "recipe.yaml"
-    file.write_text(line + "\n")
+    if line is None:
+        file.mkdir()
+    else:
+        file.write_bytes(line if isinstance(line, bytes) else f"{line}\n".encode())
     arguments = [*base, "--config", str(file)]
-    if not line.startswith("depth"):
+    if not str(line).startswith("depth"):
         arguments += ["--depth", "1"]
     error = " ".join(_error(capsys, arguments).split())
     import re
@@ -87,6 +94,31 @@ def test_errors_of_a_file_name_the_key(tmp_path, base, capsys, line, message):
 )
 def test_errors_of_the_command_line(base, capsys, arguments, message):
     assert message in _error(capsys, [*base, *arguments])
+
+
+@dataclasses.dataclass(kw_only=True)
+class Bounded(TrainingConfig):
+    batch_size: int = flag(2, "with another default", group="optimisation")
+    width: int | None = flag(None, "a size", least=2)
+    sizes: tuple[int, ...] = flag((3, 1), "sizes", least=1)
+    start: int = flag(0, "a step", least=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 0}, "--batch_size is 0; it must be at least 1"),  # a bound of the base class
+        ({"width": 1}, "--width is 1; it must be at least 2"),
+        ({"sizes": (3, 0)}, "--sizes is 3,0; each of its numbers must be at least 1"),
+        ({"sizes": ()}, "--sizes is empty; each of its numbers must be at least 1"),
+        ({"start": -1}, "--start is -1; it must not be negative"),
+        ({"max_grad_norm": float("nan")}, "--max_grad_norm is nan; it must not be negative"),
+    ],
+)
+def test_values_have_a_least_one(values, message):
+    Bounded(output_dir="x", width=2, sizes=(1,), start=0, max_grad_norm=0.0)
+    with pytest.raises(ValueError, match=message):
+        Bounded(output_dir="x", **values)
 
 
 def test_the_record_of_a_run_is_a_config_file(tmp_path, base):

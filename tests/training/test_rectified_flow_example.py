@@ -238,7 +238,7 @@ def test_misfits_are_errors(tmp_path):
     images.mkdir()
     Image.new("RGB", (32, 32)).save(images / "0.png")
     with pytest.raises(ValueError, match="has no captions, which --model mmdit learns from"):
-        _fit(tmp_path, "--model", "mmdit", "--dataset", str(images), "--validation_split", "train")
+        _fit(tmp_path / "run", "--model", "mmdit", "--dataset", str(images), "--validation_split", "train")
 
 
 @pytest.mark.parametrize(("name", "size"), [("sit_b2", "B/2"), ("sit_xl2", "XL/2")])

@@ -188,11 +188,26 @@ def test_flows_of_every_kind_train(kind, tmp_path):
         sizes = {"sample_size": 4, "base_channels": 8, "channel_multipliers": (1, 2), "layers_per_block": 1}
         pipeline = RectifiedFlowPipeline(_randomized(NCSNpp(**sizes), 0.5))
     pipeline.save_pretrained(tmp_path / "flow")
-    log = _fit(tmp_path / "run", tmp_path / "flow", "--max_train_steps", "2", "--distill_steps", "2", "--limit", "20")
+    flags = ["--max_train_steps", "2", "--distill_steps", "2", *(["--limit", "20"] if kind == "text" else [])]
+    log = _fit(tmp_path / "run", tmp_path / "flow", *flags)
     assert log["validation/straightness"] > 0 and log["validation/error_2_steps"] > 0
     final = RectifiedFlowPipeline.from_pretrained(tmp_path / "run" / "final")
     moved = [not torch.equal(a, b) for a, b in zip(final.transformer.parameters(), pipeline.transformer.parameters())]
     assert any(moved)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset", "shapes:double"], "--dataset shapes:double: this flow takes random classes and no data set"),
+        (["--flip", "--limit", "9", "--num_workers", "0"], "--flip True, --limit 9: this flow"),
+    ],
+)
+def test_a_flow_of_classes_reads_no_data_set(flags, message, tmp_path):
+    class_flow().save_pretrained(tmp_path / "flow")
+    with pytest.raises(ValueError, match=message):
+        _fit(tmp_path / "run", tmp_path / "flow", *flags)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hfgen.data.rows import BrokenImageError
 from hfgen.training import Trainer, TrainingConfig, loading_flag, script
 from support.example_runs import EXAMPLES
 
@@ -23,7 +24,15 @@ def test_main_gets_what_the_command_line_says(monkeypatch):
     assert configs == [TrainingConfig(output_dir="x", seed=7)]
 
 
-@pytest.mark.parametrize("error", [ValueError("No\n  such data."), FileNotFoundError("No such data.")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("No\n  such data."),
+        FileNotFoundError("No such data."),
+        ImportError("No such data."),
+        ValueError("Caught ValueError in DataLoader worker process 0.\nTraceback: \nx\nValueError: No such data."),
+    ],
+)
 def test_a_wrong_input_is_one_line_and_exit_code_2(monkeypatch, capsys, error):
     def main(config):
         raise error
@@ -59,6 +68,22 @@ def test_errors_of_a_training_keep_their_traceback(monkeypatch, capsys, tmp_path
     with pytest.raises(SystemExit):
         run(monkeypatch, main, *flags, "--batch_size", "64")
     assert capsys.readouterr().err.splitlines()[-1].startswith("train_toy.py: error: ")
+
+
+@pytest.mark.parametrize("num_workers", ["0", "1"])
+def test_broken_images_are_a_wrong_input_whenever_they_are_found(monkeypatch, capsys, tmp_path, toy, num_workers):
+    class Data(toy.Data):
+        def __getitem__(self, key):
+            raise BrokenImageError("cannot read the image cat.png")
+
+    def main(config):
+        Trainer(config).fit(toy.Task(), Data())
+
+    flags = ["--output_dir", tmp_path / "run", "--max_train_steps", "1", "--batch_size", "4", "--no_progress"]
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, main, *flags, "--num_workers", num_workers)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "train_toy.py: error: cannot read the image cat.png"
 
 
 def test_the_usage_line_shows_what_is_required_and_does_not_hide_the_message(monkeypatch, capsys):

@@ -178,15 +178,15 @@ def test_misfits_are_errors(vqgan, stage1, tmp_path):
         _fit("train_titok", tmp_path, *second, "--resolution", "64")
     with pytest.raises(ValueError, match="9 steps are more than the 4 masked tokens"):
         tokenizer = _fit("train_titok", tmp_path / "single", *TITOK)
-        _fit("train_maskgit", tmp_path, "--tokenizer", str(tokenizer), "--num_inference_steps", "9", *MASKGIT)
+        _fit("train_maskgit", tmp_path / "9", "--tokenizer", str(tokenizer), "--num_inference_steps", "9", *MASKGIT)
     with pytest.raises(ValueError, match="--class_dropout 0 trains no unconditional class"):
         arguments = ["--class_dropout", "0", "--num_inference_steps", "2", *MASKGIT]
-        _fit("train_maskgit", tmp_path, "--tokenizer", str(tokenizer), *arguments)
+        _fit("train_maskgit", tmp_path / "0", "--tokenizer", str(tokenizer), *arguments)
 
 
 def test_maskgit_needs_codes(tmp_path):
     final = _fit("train_titok", tmp_path / "kl", "--bottleneck", "kl", *TITOK)
-    with pytest.raises(ValueError, match="a TiTok without a fixed set of codes"):
+    with pytest.raises(ValueError, match="is a continuous TiTok, which has no codebook"):
         _fit("train_maskgit", tmp_path / "maskgit", "--tokenizer", str(final), *MASKGIT)
 
 
