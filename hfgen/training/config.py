@@ -1,7 +1,8 @@
 """The settings of a training run: one dataclass is the command line, the YAML file and the saved record.
 
-A script extends :class:`TrainingConfig` with the fields of its method and calls :func:`parse_config`. Values come, in
-rising priority, from the defaults of the fields, the file given with ``--config`` and the command line.
+A script extends :class:`TrainingConfig` with the fields of its method and decorates its main with
+:func:`hfgen.training.script`. Values come, in rising priority, from the defaults of the fields, the file given with
+``--config`` and the command line.
 """
 
 from __future__ import annotations
