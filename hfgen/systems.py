@@ -73,6 +73,16 @@ class System:
         return tuple(name for name in named if name is not None)
 
     @property
+    def all_classes(self) -> tuple[str, ...]:
+        """The same and those of diffusers, with the name of that library."""
+        return (*self.classes, *(f"diffusers.{name}" for name in self.diffusers))
+
+    @property
+    def any_converter(self) -> str | None:
+        """The converter of official checkpoints, or of those of an open implementation."""
+        return self.converter or self.also_converts
+
+    @property
     def status(self) -> str:
         """``works``, ``trains`` or ``not yet``.
 
@@ -370,10 +380,9 @@ def markdown_table() -> str:
     for system in SYSTEMS:
         title = f"[{system.title}](https://github.com/{system.code})" if system.code else system.title
         paper = f"[{system.published}](https://arxiv.org/abs/{system.arxiv})"
-        names = (*system.classes, *(f"diffusers.{name}" for name in system.diffusers))
-        classes = ", ".join(f"`{name}`" for name in names) or "-"
+        classes = ", ".join(f"`{name}`" for name in system.all_classes) or "-"
         parity = ", ".join(f"[{name}](tests/parity/cases/{name}.safetensors)" for name in system.parity) or "-"
-        converter = f"`{name}`" if (name := system.converter or system.also_converts) else "-"
+        converter = f"`{system.any_converter}`" if system.any_converter else "-"
         links = [f"[{Path(path).stem}]({path})" for path in system.examples]
         links += [f"trained: [{system.zoo}](zoo/{system.zoo})"] if system.zoo else []
         examples = ", ".join(links) or "-"

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjecti
 from hfgen.auto import PipelineIndex
 from hfgen.commands.shared import load_tokenizer, torch_dtype
 from hfgen.conversion import load_original, parts, read_checkpoint, released, systems
+from hfgen.downloads import loading_reason
 from hfgen.models.modeling import HFGenModel
 from hfgen.official import assemble, find_released, save_official
 from hfgen.pipelines.rectified_flow import RectifiedFlowPipeline
@@ -95,7 +96,7 @@ def load_text_encoders(source: str, dtype: torch.dtype | None) -> dict[str, Any]
     try:
         index = PipelineIndex.load_config(source)
     except OSError as error:
-        raise OSError(f"--text-encoders {source}: there is no pipeline. ({error})") from error
+        raise OSError(f"--text-encoders {source}: there is no pipeline. ({loading_reason(error)})") from error
     found: dict[str, Any] = {}
     for suffix in ("", "_2", "_3"):
         encoder, tokenizer = f"text_encoder{suffix}", f"tokenizer{suffix}"

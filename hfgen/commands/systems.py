@@ -21,11 +21,10 @@ def run(options: argparse.Namespace) -> str:
         return json.dumps([as_dict(system) for system in SYSTEMS], indent=2)
     rows = [HEADER]
     for system in SYSTEMS:
-        classes = ", ".join((*system.classes, *(f"diffusers.{name}" for name in system.diffusers))) or "-"
+        classes = ", ".join(system.all_classes) or "-"
         parity = ", ".join(system.parity) or "-"
         published = f"{system.published}, arXiv {system.arxiv}"
-        converter = system.converter or system.also_converts or "-"
-        rows.append((system.key, system.status, converter, parity, classes, published))
+        rows.append((system.key, system.status, system.any_converter or "-", parity, classes, published))
     return table(rows)
 
 

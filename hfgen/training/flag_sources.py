@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from hfgen.downloads import loading_reason
 from hfgen.models.modeling import HFGenModel
 from hfgen.training.run_folder import FINAL_FOLDER
 
@@ -38,7 +39,7 @@ def loading_flag(name: str, source: str | None) -> Iterator[None]:
         elif folder.exists():
             reason = f"no saved model of the kind that is needed. ({error})"
         else:
-            reason = f"there is no such folder, and it could not be read from the Hub. ({error})"
+            reason = f"there is no such folder, and it could not be read from the Hub: {loading_reason(error)}."
         raise OSError(f"--{name} {source}: {reason}") from error
 
 

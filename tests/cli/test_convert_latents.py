@@ -152,7 +152,12 @@ def test_sizes_that_a_tokenizer_does_not_take(files, capsys):
     assert "--size is 33; this tokenizer takes multiples of 2" in error_of(capsys, *command, "--size", 33)
     build_model("TiTok").save_pretrained(files / "titok")
     command = ("reconstruct", files / "titok", files / "thin.png", "--output", files / "out", "--device", "cpu")
-    assert "--size is 33, but this tokenizer takes images of" in error_of(capsys, *command, "--size", 33)
+    assert "pixels have shape (1, 3, 33, 33), expected (batch, 3, 8, 8)" in error_of(capsys, *command, "--size", 33)
+    # The size that a convolutional tokenizer is meant for is not the only one.
+    build_model("MaskGITVQGAN").save_pretrained(files / "vqgan")
+    run("reconstruct", files / "vqgan", files / "thin.png", "--output", files / "v", "--device", "cpu", "--size", 16)
+    with PIL.Image.open(files / "v" / "thin.png") as image:
+        assert image.size == (32, 16)
 
 
 def test_reconstruct_with_the_autoencoder(files, capsys):

@@ -56,7 +56,7 @@ ALLOWED = {
     "hfgen.losses": LAYERS,
     "hfgen.data": set(),
     "hfgen.evaluation": MODELS | {"hfgen.data", "hfgen.images"},
-    "hfgen.training": TRAINING | {"hfgen", "hfgen.cards"},
+    "hfgen.training": TRAINING | {"hfgen", "hfgen.cards", "hfgen.downloads"},
     "hfgen.commands": TOP,
     "hfgen.cli": {"hfgen", "hfgen.commands"},
     "hfgen.__main__": {"hfgen.cli"},
